@@ -1,0 +1,132 @@
+"""What is refused before anything is trained, each with its remedy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, Trainer, TrainerCallback
+
+from . import objective as o
+from .errors import ConfigurationError, MismatchError
+from .objective import Inputs, Kind, Needs, Sizes
+from .teachers import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Refuses set-ups whose loss would be ignored or wrong, before anything is trained."""
+    ours = [other for other in trainer.callback_handler.callbacks if isinstance(other, type(callback))]
+    if len(ours) > 1:
+        raise ConfigurationError(
+            "two DistillCallbacks on one Trainer: the second would replace the first's loss. "
+            "Give one callback a list: DistillCallback(teacher, method=['kd', 'features'])."
+        )
+    function = trainer.compute_loss_func
+    handled = function is not None and getattr(function, "hf_compress_callback", None) is callback
+    if function is not None and not handled:
+        raise ConfigurationError(
+            "compute_loss_func replaces the model's loss, so distillation would be lost. "
+            "Pass Trainer(compute_loss_func=callback.loss(my_loss))."
+        )
+    if trainer.label_smoother is not None and not handled:
+        raise ConfigurationError(
+            "label_smoothing_factor makes the Trainer compute its own loss, so distillation would be lost. Set it to 0 "
+            "(a teacher's targets are smooth already), or smooth in Trainer(compute_loss_func=callback.loss(my_loss))."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ConfigurationError(
+            "DataParallel (one process, several GPUs) splits the batch behind the callback. "
+            "Start with `torchrun` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if trainer.args.push_to_hub and trainer.args.hub_strategy in ("every_save", "checkpoint", "all_checkpoints"):
+        raise ConfigurationError(
+            f"hub_strategy={trainer.args.hub_strategy.value!r} pushes checkpoints with training state in them. "
+            "Use hub_strategy='end', or `hf-compress push` afterwards."
+        )
+    data = trainer.train_dataset
+    if data is not None and hasattr(data, "__len__") and len(data) == 0:
+        raise ConfigurationError("the training data set is empty. Check its filters and splits.")
+
+
+def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
+    """Refuses a teacher whose classes are not the student's, where logits are compared.
+
+    Raises:
+        MismatchError: naming both sides and the way out.
+    """
+    if not any(need.same_tokens and need.teacher and "logits" in need.teacher for need in needs):
+        return
+    if student.kind != teacher.kind:
+        raise MismatchError(
+            f"the student's outputs are {student.kind!r}, the teacher's {teacher.kind!r}. Use a teacher with the same "
+            "kind of head, or a method on hidden states: method='features'."
+        )
+    if student.vocab != teacher.vocab:
+        what = "labels" if student.kind == "rows" else "classes or vocabulary entries"
+        raise MismatchError(
+            f"the student has {student.vocab} {what}, the teacher {teacher.vocab}. Give both one label set or "
+            "vocabulary (shrink(teacher, layers=…) keeps it), or use a method on hidden states: method='features'."
+        )
+    names = [getattr(size.config, "id2label", None) or {} for size in (student, teacher)]
+    if student.kind in ("rows", "tokens") and all(names) and len(names[0]) == student.vocab:
+        default = {index: f"LABEL_{index}" for index in range(student.vocab)}
+        if names[0] != names[1] and default not in names:
+            raise MismatchError(
+                f"the label orders differ: student {names[0]}, teacher {names[1]}. Set the student's config.id2label "
+                "to the teacher's and map the data's labels accordingly."
+            )
+    if getattr(student.config, "problem_type", None) == "multi_label_classification":
+        raise MismatchError(
+            "kd on a multi-label head would compare softmax distributions that the head does not have. "
+            "Use method='features'."
+        )
+
+
+def check_labels(kind: Kind, classes: int, inputs: Inputs) -> None:
+    """Refuses class ids that the head does not have, before the forward turns them into an index error.
+
+    Raises:
+        MismatchError: with the offending id and the range.
+    """
+    labels = inputs.get("labels")
+    if kind not in ("rows", "tokens", "causal") or not classes or labels is None or labels.is_floating_point():
+        return
+    wrong = labels[(labels != o.IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise MismatchError(
+            f"label {int(wrong[0])} is out of range: the model has classes 0 … {classes - 1}, and -100 for unlabelled. "
+            "Map the labels, or load the model with the right num_labels."
+        )
+
+
+def check_tokenizers(processing_class: Any, teacher: Teacher) -> None:
+    """Refuses a tokenizer whose ids the teacher cannot have: the same ids must mean the same tokens to both.
+
+    Raises:
+        MismatchError: naming both sizes, or the first token that differs.
+    """
+    config = teacher.sizes.config
+    rows = getattr(config, "vocab_size", None)
+    if processing_class is None or rows is None or not hasattr(processing_class, "get_vocab"):
+        return
+    size = len(processing_class)
+    if size > rows:
+        raise MismatchError(
+            f"the tokenizer has {size} tokens, the teacher embeds {rows}. Tokenize with the teacher's tokenizer, or "
+            "choose a method of the tokenizers family."
+        )
+    folder = Path(getattr(config, "_name_or_path", "") or "missing")
+    if not (folder / "tokenizer.json").is_file():
+        logger.info("hf_compress: the teacher brings no tokenizer to compare; its ids are taken to be the student's")
+        return
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    differing = [token for token, index in processing_class.get_vocab().items() if theirs.get(token) != index]
+    if differing:
+        raise MismatchError(
+            f"{len(differing)} tokens of the tokenizer have another id in the teacher's, first {differing[0]!r}. The "
+            "teacher would read other words. Use its tokenizer, or a method of the tokenizers family."
+        )

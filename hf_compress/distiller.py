@@ -1,0 +1,231 @@
+"""From the signals of one micro-batch to its part of the run's loss.
+
+Total = task_weight · task + Σ weightᵢ · Σ termsᵢ, each term a sum divided by a denominator that was counted over the
+whole accumulation window and all processes before its first forward. So four micro-batches of one row give the gradient
+of one batch of four, and two processes that of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import objective as o
+from .errors import ConfigurationError, MismatchError, NumericalError
+from .objective import Inputs, Kind, Needs, Objective, Rows, Signals, Step, Values
+
+PREFIX = "distiller."
+"""Of the state that a mid-run checkpoint carries beside the student's own weights."""
+
+
+class Distiller(nn.ModuleDict):
+    """The objectives of a run, attached to the student as `student.distiller` while it trains.
+
+    Learned parts are thereby in the optimizer, under clipping and DDP; parameters and buffers are in every checkpoint.
+    Objectives are keyed `0_kd`, `1_kd`: two of one method may run together.
+    """
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        super().__init__({f"{place}_{objective.name}": objective for place, objective in enumerate(objectives)})
+
+    @property
+    def objectives(self) -> list[Objective]:
+        return [module for module in self.values() if isinstance(module, Objective)]
+
+    def label(self, key: str) -> str:
+        """How a term of that objective is called in logs: by method, by key where a method runs twice."""
+        name = key.partition("_")[2]
+        return key if sum(objective.name == name for objective in self.objectives) > 1 else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the terms of a batch or of a window are divided by."""
+
+    positions: float
+    tokens: float
+    examples: float
+    labels: float
+    """Label elements that the task's own loss averages over."""
+    own: tuple[float, ...]
+    """The objectives' own denominators, 0 where they have none."""
+
+    def to_tensor(self) -> Tensor:
+        return torch.tensor([self.positions, self.tokens, self.examples, self.labels, *self.own], dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> Counts:
+        positions, tokens, examples, labels, *own = values.tolist()
+        return cls(positions=positions, tokens=tokens, examples=examples, labels=labels, own=tuple(own))
+
+
+def count(kind: Kind, batches: Iterable[Inputs], objectives: Sequence[Objective]) -> Counts:
+    """Counts over batches, from their inputs alone.
+
+    Raises:
+        MismatchError: if an objective counts some batches of a window and not others.
+    """
+    total = torch.zeros(4 + len(objectives), dtype=torch.float64)
+    for inputs in batches:
+        labels = o.task_labels(kind, inputs)
+        own = [objective.count(inputs) or 0 for objective in objectives]
+        total += torch.tensor(
+            [
+                len(o.positions(kind, inputs).index),
+                int(o.tokens(inputs).sum()),
+                o.batch_size(inputs),
+                0 if labels is None else int((labels != o.IGNORED).sum()),
+                *own,
+            ],
+            dtype=torch.float64,
+        )
+    return Counts.from_tensor(total)
+
+
+def denominator(place: int, needs: Needs, window: Counts) -> float:
+    """What the values of the objective at that place are divided by; at least 1, as an empty sum is 0 already."""
+    if window.own[place]:
+        return window.own[place]
+    by = {"positions": window.positions, "tokens": window.tokens}.get(needs.mean_over, window.examples)
+    return max(by, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One named term of one objective, for one micro-batch."""
+
+    key: str
+    name: str
+    value: Tensor
+    """(), divided by the window's denominator, without the objective's weight."""
+    weight: float
+
+
+def terms(
+    distiller: Distiller, needs: Sequence[Needs], signals: Signals, step: Step, local: Counts, window: Counts
+) -> list[Term]:
+    """Every term of every objective for one micro-batch.
+
+    Raises:
+        MismatchError: if an objective returns values of another shape than its `mean_over` says.
+        NumericalError: if a value is NaN or infinite, with step, method and term.
+    """
+    found: list[Term] = []
+    rows: Rows | None = None
+    for place, ((key, module), need) in enumerate(zip(distiller.items(), needs, strict=True)):
+        assert isinstance(module, Objective)  # Distiller holds nothing else; narrows the type
+        bottom = denominator(place, need, window)
+        parts: dict[str, Tensor] = {}
+        if module.overrides("per_position"):
+            rows = rows or select_rows(signals)
+            for name, value in _named(module.per_position(rows, step), module.name):
+                _check_shape(module.name, name, value, (len(rows.example),))
+                parts[name] = _reduce_positions(value, signals, need)
+        if module.overrides("forward"):
+            for name, value in _named(module(signals, step), module.name):
+                _check_shape(module.name, name, value, _expected(need, signals))
+                parts[name] = value.sum() * (local.examples if need.mean_over == "batch" else 1.0)
+        label = distiller.label(key)
+        for name, value in parts.items():
+            if not torch.isfinite(value):
+                raise NumericalError(
+                    f"step {step.global_step}: term {name!r} of {label} is {value.item()} in micro-batch {step.micro}; "
+                    "no weight was changed. Look at the teacher's outputs for this batch, or lower the learning rate."
+                )
+            full = label if name == module.name else f"{label}.{name}"
+            found.append(Term(key=key, name=full, value=value / bottom, weight=module.weight))
+    return found
+
+
+def select_rows(signals: Signals) -> Rows:
+    """The scored rows of both models' logits, chosen before any softmax: what is masked may hold NaN."""
+    where = signals.positions
+    student = _flat(signals.student["logits"], where.index)
+    teacher = signals.teacher.get("logits")
+    return Rows(
+        student_logits=student,
+        teacher_logits=None if teacher is None else _flat(teacher, where.index),
+        labels=where.labels,
+        example=where.example,
+    )
+
+
+def _flat(logits: Tensor, index: Tensor) -> Tensor:
+    rows = logits.flatten(0, -2)
+    if len(index) and int(index[-1]) >= len(rows):
+        raise MismatchError(
+            f"logits of shape {tuple(logits.shape)} have {len(rows)} rows, the batch scores row {int(index[-1])}. "
+            "Pass DistillCallback(..., kind=...) if the model's kind of output was taken wrongly."
+        )
+    return rows[index]
+
+
+def _named(values: Values, method: str) -> list[tuple[str, Tensor]]:
+    return list(values.items()) if isinstance(values, Mapping) else [(method, values)]
+
+
+def _expected(needs: Needs, signals: Signals) -> tuple[int, ...]:
+    return {
+        "positions": (len(signals.positions.index),),
+        "tokens": (int(signals.tokens.sum()),),
+        "examples": (signals.examples,),
+        "batch": (),
+    }[needs.mean_over]
+
+
+def _check_shape(method: str, name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(value.shape) != expected:
+        raise MismatchError(f"{method}: term {name!r} has shape {tuple(value.shape)}, its needs promise {expected}.")
+
+
+def _reduce_positions(value: Tensor, signals: Signals, needs: Needs) -> Tensor:
+    """Sum over positions; for a mean over examples each example's positions are averaged first."""
+    if needs.mean_over in ("positions", "tokens") or not len(value):
+        return value.sum()
+    example = signals.positions.example
+    size = torch.bincount(example, minlength=signals.examples).to(value.dtype)
+    return (value / size[example]).sum()
+
+
+def task_term(loss: Tensor | None, local: Counts, window: Counts) -> Tensor | None:
+    """The model's own mean loss, weighed by its part of the window's labels; None for a batch without labels.
+
+    Leaving it out matters: the mean over no labels is NaN, and 0 · NaN is NaN.
+    """
+    if loss is None or local.labels == 0:
+        return None
+    return loss * (local.labels / window.labels)
+
+
+def resolve_weights(
+    objectives: Sequence[Objective], alpha: float | None, task_weight: float | None
+) -> tuple[float, float]:
+    """Weight of the task's own loss, and the factor on every objective's weight.
+
+    Raises:
+        ConfigurationError: if both are given, or two objectives publish different task weights.
+    """
+    if alpha is not None and task_weight is not None:
+        raise ConfigurationError(f"give alpha={alpha} or task_weight={task_weight}, not both: alpha=a makes it 1 - a.")
+    if alpha is not None:
+        if not 0 <= alpha <= 1:
+            raise ConfigurationError(f"alpha must lie in 0 … 1, got {alpha}.")
+        return 1 - alpha, alpha
+    if task_weight is not None:
+        if not 0 <= task_weight < float("inf"):
+            raise ConfigurationError(f"task_weight must be finite and at least 0, got {task_weight}.")
+        return task_weight, 1.0
+    published = {objective.name: objective.task_weight for objective in objectives if objective.task_weight is not None}
+    if len(set(published.values())) > 1:
+        raise ConfigurationError(f"the methods publish different task weights, {published}. Choose one with alpha=….")
+    return next(iter(published.values()), 1.0), 1.0
+
+
+def generator(device: torch.device, *place: int) -> torch.Generator:
+    """A generator whose seed is a function of its place in the run alone, so a resumed run draws the same."""
+    digest = hashlib.sha256(",".join(map(str, place)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

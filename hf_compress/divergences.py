@@ -1,0 +1,80 @@
+"""Divergences between two distributions given as log probabilities, one value a position, in nats.
+
+p is the teacher's distribution, q the student's. All stay in log space, where a temperature of 0.05 or a float16 logit
+does not underflow, and give 0 for entries that both models exclude (0 · log 0 = 0). Rows come in already selected.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError
+from .objective import require_one_shape
+
+REMEDY = "For different vocabularies or label sets choose a method that aligns them."
+
+
+def log_probabilities(
+    method: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log p and log q, each (position, vocab), in float32 or wider; the teacher's without gradient.
+
+    Raises:
+        MismatchError: if the shapes differ: broadcasting would return nonsense.
+    """
+    require_one_shape(method, student_logits, teacher_logits, REMEDY)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = (teacher_logits.detach().to(dtype) / temperature).log_softmax(-1)
+    log_q = (student_logits.to(dtype) / temperature).log_softmax(-1)
+    return log_p, log_q
+
+
+def check_temperature(method: str, temperature: float) -> None:
+    """Raises `ConfigurationError` unless 0 < temperature < ∞."""
+    if not 0 < temperature < math.inf:
+        raise ConfigurationError(f"{method}: temperature must be positive and finite, got {temperature}.")
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(position,) KL(p ‖ q) = Σ p (log p - log q), at least 0. `kl(log_q, log_p)` is the reverse KL."""
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
+
+
+def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(position,) -Σ p log q: KL(p ‖ q) plus the entropy of p. Entries that q excludes add 0."""
+    return -(log_p.exp() * torch.where(log_q > -math.inf, log_q, 0.0)).sum(-1)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
+    """log(weight · p + (1 - weight) · q), 0 < weight < 1; -inf with a zero gradient where both are -inf."""
+    neither = (log_p == -math.inf) & (log_q == -math.inf)  # logaddexp(-inf, -inf) has a NaN gradient
+    left = torch.where(neither, 0.0, log_p) + math.log(weight)
+    right = torch.where(neither, 0.0, log_q) + math.log1p(-weight)
+    return torch.where(neither, -math.inf, torch.logaddexp(left, right))
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """(position,) generalised Jensen-Shannon: β KL(p ‖ m) + (1 - β) KL(q ‖ m), m = β p + (1 - β) q.
+
+    β = 0 is KL(p ‖ q) and β = 1 is KL(q ‖ p) by definition (arXiv:2306.13649), not by the limit, which is 0.
+    """
+    if beta == 0:
+        return kl(log_p, log_q)
+    if beta == 1:
+        return kl(log_q, log_p)
+    log_m = log_mixture(log_p, log_q, beta)
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+
+
+def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(position,) total variation ½ Σ |p - q|, 0 … 1: one minus the acceptance rate of speculative sampling."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def skew_kl(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
+    """(position,) KL(p ‖ weight · p + (1 - weight) · q), finite where q excludes what p allows (arXiv:2402.03898)."""
+    return kl(log_p, log_mixture(log_p, log_q, weight))

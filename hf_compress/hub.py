@@ -1,0 +1,356 @@
+"""Pushes a model folder to the hub: one commit that holds all of it, or none.
+
+    hub.push(Path("student"), "me/my-small-model")
+
+`outgoing.py` decides which files may leave and checks them first. The commit names the head that it was made for, so
+somebody else's push is never overwritten. huggingface_hub does not retry a commit, rightly: a lost reply looks like a
+failure. So after a failure the hub is asked what it holds before anything is tried again or said.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
+
+from . import files
+from .errors import ForeignFileError, HubError
+from .outgoing import ALLOWED, MANAGED, Outgoing, collect, strip
+from .outgoing import check as _check
+
+__all__ = ["Outgoing", "Pushed", "authorize", "check", "collect", "push", "strip", "write_commit"]
+
+WAITS = (1.0, 4.0, 16.0)
+"""Seconds before the commit is tried again; as many retries as there are entries."""
+LONGEST_WAIT = 60.0
+"""Seconds that a `Retry-After` of the hub is followed at most."""
+BUSY = frozenset({408, 429, 500, 502, 503, 504})
+_NETWORK_ERROR = HfHubHTTPError.__mro__[1]  # the base of huggingface_hub's HTTP library, whose name changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What the hub holds after a push."""
+
+    url: str
+    """Of the commit, or of the pull request."""
+    oid: str
+    files: tuple[str, ...]
+    deleted: tuple[str, ...] = ()
+    """Files of an earlier push that this folder has no more."""
+    new: bool = True
+    """False: the hub held exactly these files, no commit was made."""
+
+    def describe(self) -> str:
+        """One sentence for a terminal."""
+        if not self.new:
+            return f"The hub holds these {len(self.files)} files already: no new commit. {self.url}"
+        gone = f", {len(self.deleted)} files of an earlier push deleted" if self.deleted else ""
+        return f"One commit with {len(self.files)} files{gone}: {self.url}"
+
+
+def check(folder: Path, *, token: str | None = None) -> Outgoing:
+    """What a push would send, after every check that needs no hub; see `outgoing.check`.
+
+    Raises:
+        HubError: for the first file that is not fit to leave, with what to do.
+    """
+    try:
+        return _check(Path(folder), token=token)
+    except ForeignFileError as error:
+        raise HubError(f"{error} Nothing was sent.") from error
+
+
+def write_commit(folder: Path, output: Path) -> Path:
+    """Writes the commit that `push` would make as a folder: the same checks, the same files, nothing else.
+
+    Raises:
+        HubError: if a check fails, or `output` holds something else than an earlier commit; it is then untouched.
+    """
+    sent, output = check(folder), Path(output)
+    if output.resolve().is_relative_to(sent.folder.resolve()) or sent.folder.resolve().is_relative_to(output.resolve()):
+        raise HubError(f"{output} and {folder} lie in one another. Choose an output outside the model folder.")
+    if output.exists():
+        others = [p for p in output.rglob("*") if not p.is_dir() and not ALLOWED.fullmatch(str(p.relative_to(output)))]
+        if others or not output.is_dir():
+            what = others[0].relative_to(output) if others else "no folder"
+            raise HubError(f"{output} is no earlier commit (it holds {what}). Choose a new or an empty folder.")
+    with files.atomic_folder(output) as part:
+        for name in sent.files:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(sent.folder / name, part / name)
+    return output
+
+
+def authorize(repo_id: str, *, token: str | None = None, endpoint: str | None = None, create_pr: bool = False) -> str:
+    """Finds out, without writing anything, whether a push to that repository can work; ask before training.
+
+    Returns:
+        The repository's full name, with the user's name before a bare one.
+
+    Raises:
+        HubError: without a token or a connection, with a read token, or for somebody else's repository.
+    """
+    return _Remote.of(repo_id, token=token, endpoint=endpoint).authorize(create_pr)
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    revision: str = "main",
+    create_pr: bool = False,
+    message: str | None = None,
+) -> Pushed:
+    """Makes the hub hold a model folder, in one commit. The folder is only read.
+
+    Files of an earlier push that the folder lacks now are deleted in the same commit (weights, ONNX, tokenizer; not
+    licence and evidence). A folder that the hub holds already makes no commit, so a push can always be repeated.
+
+    Args:
+        private: visibility of a new repository, None: the account's default. True refuses an existing public one.
+        token: None: that of the login or of `HF_TOKEN`.
+        endpoint: None: the public hub or `HF_ENDPOINT`.
+        revision: an existing branch.
+        create_pr: propose the commit as a pull request to `main`; the one way to push to somebody else's repository.
+        message: title of the commit.
+
+    Raises:
+        HubError: if the push did not happen or cannot be shown to have happened; says what the hub holds.
+    """
+    if create_pr and revision != "main":
+        raise HubError(f"A pull request goes to main, not to {revision!r}. Leave revision out. Nothing was sent.")
+    remote = _Remote.of(repo_id, token=token, endpoint=endpoint, revision=revision)
+    sent = check(Path(folder), token=remote.token)
+    remote.repo_id = remote.authorize(create_pr)
+    head = remote.open(private, create=not create_pr)
+    ours = _Local(sent)
+    held = remote.files(head)
+    stale = tuple(sorted(name for name in held if MANAGED.fullmatch(name) and name not in sent.names))
+    if not stale and ours.same(held):
+        return Pushed(url=remote.commit_url(head), oid=head, files=sent.names, new=False)
+    oid, url = _commit(remote, ours, stale, head, create_pr, message or "Compressed model with its evidence and card")
+    if not ours.same(remote.files(oid)):
+        raise HubError(f"{url} does not hold what {folder} holds: the folder changed meanwhile. Push it again.")
+    return Pushed(url=url, oid=oid, files=sent.names, deleted=stale)
+
+
+class _Local:
+    """Our files, comparable with what a repository lists."""
+
+    def __init__(self, sent: Outgoing) -> None:
+        self.sent = sent
+        self._hashes: dict[tuple[str, bool], str] = {}
+
+    def same(self, held: dict[str, RepoFile]) -> bool:
+        """Whether a commit holds each of our files with our bytes."""
+        return all(n in held and self._hash(n, bool(held[n].lfs)) == _remote_hash(held[n]) for n in self.sent.names)
+
+    def _hash(self, name: str, lfs: bool) -> str:
+        if (name, lfs) not in self._hashes:
+            path = self.sent.folder / name
+            self._hashes[name, lfs] = files.sha256(path) if lfs else git_hash(path.read_bytes())
+        return self._hashes[name, lfs]
+
+    def additions(self) -> list[CommitOperationAdd]:
+        return [
+            CommitOperationAdd(n, self.sent.folder / p) for n, p in zip(self.sent.names, self.sent.files, strict=True)
+        ]
+
+
+def _remote_hash(file: RepoFile) -> str:
+    return file.lfs.sha256 if file.lfs else file.blob_id
+
+
+@dataclass
+class _Remote:
+    """One repository at one revision, as its owner's client sees it; its failures are HubErrors without a token."""
+
+    api: HfApi
+    repo_id: str
+    revision: str
+    token: str | None
+
+    @classmethod
+    def of(cls, repo_id: str, *, token: str | None, endpoint: str | None, revision: str = "main") -> _Remote:
+        token = token or get_token()
+        return cls(HfApi(endpoint=endpoint, token=token or False), repo_id, revision, token)
+
+    @cached_property
+    def user(self) -> dict[str, Any]:
+        if self.token is None:
+            raise HubError("There is no token. Log in with `hf auth login` or set HF_TOKEN. Nothing was sent.")
+        with self.asking("who you are", "Check the token, the endpoint and the connection. Nothing was sent."):
+            return dict(self.api.whoami())
+
+    def authorize(self, create_pr: bool) -> str:
+        name = self.user["name"]
+        repo_id = self.repo_id if "/" in self.repo_id else f"{name}/{self.repo_id}"
+        owners = [name, *(org["name"] for org in self.user.get("orgs", []))]
+        if self.user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise HubError(
+                f"The token of {name} may only read. Make one that may write to {repo_id}. Nothing was sent."
+            )
+        if repo_id.split("/")[0] not in owners and not create_pr:
+            raise HubError(
+                f"{repo_id} does not belong to {' or '.join(owners)}. "
+                "Choose a repository of yours, or propose it with create_pr=True. Nothing was sent."
+            )
+        return repo_id
+
+    def open(self, private: bool | None, create: bool) -> str:
+        """The head of the revision, of a repository that is made if need be."""
+        if create:
+            with self.asking(f"for the repository {self.repo_id}", "Nothing was sent."):
+                self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        with self.asking(f"for {self.revision} of {self.repo_id}", "Nothing was sent. Check repository and branch."):
+            info = self.api.model_info(self.repo_id, revision=self.revision)
+        if private and not info.private:
+            raise HubError(
+                f"{self.repo_id} is public, and private=True was asked for. Change one of them. Nothing was sent."
+            )
+        return str(info.sha)
+
+    def head(self) -> str:
+        with self.asking(f"for the head of {self.repo_id}", ""):
+            return str(self.api.model_info(self.repo_id, revision=self.revision).sha)
+
+    def files(self, revision: str) -> dict[str, RepoFile]:
+        """The files of a commit by name."""
+        with self.asking(f"for the files of {self.repo_id}", ""):
+            entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def pull_requests(self) -> dict[str, str]:
+        """Commit by ref (refs/pr/1), of all pull requests of the repository."""
+        with self.asking(f"for the pull requests of {self.repo_id}", ""):
+            refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
+            return {ref.ref: ref.target_commit for ref in refs.pull_requests or ()}
+
+    def commit_url(self, oid: str) -> str:
+        return f"{self.api.endpoint}/{self.repo_id}/commit/{oid}"
+
+    @contextmanager
+    def asking(self, what: str, remedy: str) -> Iterator[None]:
+        # huggingface_hub, its HTTP library and hf_xet raise types of their own, which share no base but this
+        try:
+            yield
+        except HubError:
+            raise
+        except Exception as error:
+            told = f"Asking the hub {what} failed: {self.told(error)}. {remedy}"
+            raise HubError(told.strip()) from self.cause(error)
+
+    def cause(self, error: BaseException) -> BaseException | None:
+        """The error to show below ours in a traceback: none if it, or one that it came from, shows the token."""
+        below: BaseException | None = error
+        while below is not None:
+            if self.clean(str(below)) != str(below):
+                return None
+            below = below.__cause__ or below.__context__
+        return error
+
+    def told(self, error: Exception) -> str:
+        """An error in a line, without token."""
+        if isinstance(error, LocalTokenNotFoundError):
+            return "there is no token"
+        return self.clean(" ".join(str(error).split()) or type(error).__name__)[:400].rstrip(".")
+
+    def clean(self, text: str) -> str:
+        text = text.replace(self.token, "hf_…") if self.token else text
+        return re.sub(r"(://)[^/@\s]+@", r"\1", re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_…", text))
+
+
+def _commit(
+    remote: _Remote, ours: _Local, stale: tuple[str, ...], head: str, create_pr: bool, message: str
+) -> tuple[str, str]:
+    """Uploads, then commits; after each failure looks at what the hub holds. Returns the commit's hash and URL."""
+    still = f"{remote.repo_id} holds what it held ({remote.revision} at {head[:7]})."
+    known = remote.pull_requests() if create_pr else {}
+    additions = ours.additions()
+    with remote.asking("to take the files", f"{still} Push again: what has arrived is not sent twice."):
+        remote.api.preupload_lfs_files(
+            remote.repo_id, additions, revision=remote.revision, create_pr=create_pr, free_memory=False
+        )
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *additions,
+        *(CommitOperationDelete(name) for name in stale),
+    ]
+    for wait in (*WAITS, None):
+        try:
+            with warnings.catch_warnings():  # parquet in a model repository is evidence here, and meant
+                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+                info = remote.api.create_commit(
+                    remote.repo_id,
+                    operations,
+                    commit_message=message,
+                    revision=remote.revision,
+                    create_pr=create_pr,
+                    parent_commit=head,
+                )
+            return info.oid, info.pr_url or info.commit_url
+        except Exception as error:  # whatever it is, the commit may have been made
+            if made := _made(remote, ours, head, known if create_pr else None, error):
+                return made
+            if wait is None or not _may_pass(error):
+                told = f"The commit to {remote.repo_id} failed: {remote.told(error)}. {still}"
+                raise HubError(f"{told} Push again when the cause is gone.") from remote.cause(error)
+            time.sleep(max(wait, _asked_to_wait(error)))
+    raise AssertionError("the last round returns or raises")
+
+
+def _made(
+    remote: _Remote, ours: _Local, head: str, known: dict[str, str] | None, error: Exception
+) -> tuple[str, str] | None:
+    """The commit that holds our files, if one was made although we were told of a failure.
+
+    Raises:
+        HubError: if another commit came first, or the hub cannot be asked.
+    """
+    try:
+        if known is not None:
+            for ref, oid in remote.pull_requests().items():
+                if ref not in known and ours.same(remote.files(oid)):
+                    return oid, f"{remote.api.endpoint}/{remote.repo_id}/discussions/{ref.split('/')[-1]}"
+            return None
+        at = remote.head()
+        if at == head:
+            return None
+        if ours.same(remote.files(at)):
+            return at, remote.commit_url(at)
+    except HubError as silent:
+        raise HubError(
+            f"The commit to {remote.repo_id} failed ({remote.told(error)}), and whether the hub made it is not known: "
+            f"{silent} Push again: the hub is compared first, so nothing is committed twice."
+        ) from remote.cause(error)
+    raise HubError(
+        f"Somebody else pushed to {remote.repo_id} meanwhile: {remote.revision} is at {at[:7]}, not {head[:7]}. "
+        "It holds their commit and nothing of yours. Look at it, then push again."
+    ) from remote.cause(error)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again may help: the hub is busy, or the connection broke."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in BUSY
+    return isinstance(error, _NETWORK_ERROR | ConnectionError | TimeoutError)
+
+
+def _asked_to_wait(error: Exception) -> float:
+    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else 0.0

@@ -1,0 +1,173 @@
+"""An exported ONNX graph as a file: private, with named axes, whole.
+
+The exporter writes the stack trace of each node into the graph (absolute paths and lines of the user's source) and
+leaves the axes anonymous. Both are mended here, on `onnx_ir` models, before a file is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+
+from . import files
+from .errors import ConfigurationError, ForeignFileError
+
+MODEL = "model.onnx"
+WEIGHTS = "model.onnx_data"
+"""The one name of external weights that Optimum fetches from a hub."""
+PLACEHOLDER = "model.onnx.data"
+"""Empty. transformers' `ExportedModel.from_pretrained` insists on a file of this name."""
+INLINE_BYTES = 1_500_000_000
+"""Weights up to this size stay inside `model.onnx`; protobuf ends at 2 GiB, graph included."""
+
+_PRIVATE = re.compile(r'stack_trace|site-packages|File "|(?<![\w./:])/[\w.+-]+/[\w.+-]|(?<!\w)[A-Za-z]:\\\w')
+_NO_TEXT = ("raw_data", "dim_param")
+"""Fields whose content is no text of a person: numbers, and formulas of axes."""
+
+
+def strip_metadata(model: onnx_ir.Model) -> None:
+    """Removes every `metadata_props` and doc string: of the model, graphs, functions, nodes, values and weights."""
+    for holder in _holders(model):
+        holder.metadata_props.clear()
+        if getattr(holder, "doc_string", None):
+            holder.doc_string = None
+
+
+def _holders(model: onnx_ir.Model) -> Iterator[Any]:
+    yield model
+    yield from model.functions.values()
+    for graph in (*model.graphs(), *model.functions.values()):
+        yield graph
+        yield from graph.inputs
+        for value in getattr(graph, "initializers", {}).values():
+            yield value
+            if value.const_value is not None:
+                yield value.const_value
+        for node in graph:
+            yield node
+            yield from node.outputs
+
+
+def name_axes(model: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Gives the symbolic axes their names in inputs, outputs and everything between.
+
+    Args:
+        model: changed in place.
+        axes: input name -> {dimension: name}, the dimensions that must vary.
+
+    Raises:
+        ConfigurationError: for an input or an output whose axis was frozen to a number while tracing.
+    """
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for dimension, name in axes.get(value.name, {}).items():
+            names[_symbol(value, dimension)] = name
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    for graph in model.graphs():
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            _rename(value, names, pattern)
+    for value in model.graph.outputs:
+        _symbol(value, 0)
+
+
+def _symbol(value: onnx_ir.Value, dimension: int) -> str:
+    size = value.shape[dimension] if value.shape is not None and len(value.shape) > dimension else None
+    symbol = getattr(size, "value", None)
+    if not isinstance(symbol, str):
+        raise ConfigurationError(
+            f"{value.name}: axis {dimension} should vary and came out of the export as {size} in {value.shape}; the "
+            "graph would take this one size only. The model's forward turns that size into a constant: find where it "
+            "reads a shape into Python (int(), a branch, an assertion) and keep it a tensor operation."
+        )
+    return symbol
+
+
+def _rename(value: onnx_ir.Value, names: Mapping[str, str], pattern: re.Pattern[str]) -> None:
+    if value.shape is None:
+        return
+    dimensions = [getattr(size, "value", size) for size in value.shape]  # a symbol may be a formula of two: 2*s41
+    value.shape = onnx_ir.Shape(
+        pattern.sub(lambda found: names[found[1]], size) if isinstance(size, str) else size for size in dimensions
+    )
+
+
+def has_tied_head(model: onnx_ir.Model) -> bool:
+    """Whether one weight serves both as an embedding (Gather) and, transposed, as a head (MatMul)."""
+    return any(
+        {"Gather", "Transpose"} <= {use.node.op_type for use in value.uses()}
+        for value in model.graph.initializers.values()
+    )
+
+
+def save(model: onnx_ir.Model, folder: Path) -> None:
+    """Writes `model.onnx` with the weights inside, or with `model.onnx_data` above `INLINE_BYTES`.
+
+    The empty `model.onnx.data` is written in both cases, see `PLACEHOLDER`.
+
+    Raises:
+        ConfigurationError: if the file names a folder or holds source lines of the exporting machine.
+    """
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    large = sum(tensor.nbytes for tensor in tensors) > INLINE_BYTES
+    onnx_ir.save(model, str(folder / MODEL), external_data=WEIGHTS if large else None)
+    (folder / PLACEHOLDER).touch()
+    check_private(folder / MODEL)
+
+
+def check_private(path: Path) -> None:
+    """Refuses a graph file with metadata, an absolute path or a source line in it; numbers of weights are not text.
+
+    Raises:
+        ConfigurationError: with the kind of what was found, never more of it than 40 bytes.
+    """
+    for message in _messages(onnx.load(str(path), load_external_data=False)):
+        if "metadata_props" in message.DESCRIPTOR.fields_by_name and message.metadata_props:
+            raise ConfigurationError(
+                f"{path.name}: {message.DESCRIPTOR.name} carries metadata {message.metadata_props[0].key!r}; such "
+                "entries hold paths and source lines of this machine. Strip the model before saving it."
+            )
+        for text in _texts(message):
+            if found := _PRIVATE.search(text):
+                raise ConfigurationError(
+                    f"{path.name}: a {message.DESCRIPTOR.name} names a place on this machine ({found.group()[:40]!r}). "
+                    "Rename the module or buffer that carries it before exporting."
+                )
+
+
+def check_external(path: Path) -> None:
+    """Refuses a graph of unknown origin that is not ONNX, or whose weights lie outside its folder.
+
+    Raises:
+        ForeignFileError: naming the graph, or the file that it points to.
+    """
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has a private module; nothing but parsing happens here
+        raise ForeignFileError(path, f"is not a readable ONNX graph ({error}).", "Export or fetch it again.") from error
+    for message in _messages(proto):
+        if isinstance(message, onnx.TensorProto) and message.data_location == onnx.TensorProto.EXTERNAL:
+            for entry in message.external_data:
+                if entry.key == "location" and not files.inside(path.parent, entry.value).is_file():
+                    raise ForeignFileError(path.parent / entry.value, "is missing.", "Export or fetch it again.")
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """A protobuf message and all messages in it: subgraphs, functions and attributes included."""
+    yield message
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for child in (value,) if hasattr(value, "ListFields") else value:
+                yield from _messages(child)
+
+
+def _texts(message: Any) -> Iterator[str]:
+    """The strings of one message. Searched one by one: in the file their length precedes them, as any character."""
+    for field, value in message.ListFields():
+        if field.type in (field.TYPE_STRING, field.TYPE_BYTES) and field.name not in _NO_TEXT:
+            for text in (value,) if isinstance(value, str | bytes) else value:
+                yield text if isinstance(text, str) else text.decode("latin-1")

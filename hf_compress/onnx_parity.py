@@ -1,0 +1,136 @@
+"""Whether a graph gives the numbers of the model that it came from, over shapes and padding."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .errors import ParityError
+
+Inputs = dict[str, Tensor]
+
+TOLERANCE = 1e-4
+"""Allowed |difference| of an output, times 1 + |output|; measured on real encoders: 1e-7 to 2e-5."""
+SHAPES = ((1, 1), (3, 11), (5, 64))
+"""(batch, time) of the parity check; time is capped by what the model takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The largest difference between a graph's outputs and the model's, over all batches."""
+
+    max_abs_diff: float
+    output: str
+    shape: tuple[int, ...]
+    """Of the batch where it occurred: (batch, time) or (batch, channels, height, width)."""
+
+
+def check_parity(
+    candidate: Callable[..., Mapping[str, Tensor]],
+    model: Callable[..., Mapping[str, Tensor]],
+    batches: Iterable[Inputs],
+    *,
+    tolerance: float = TOLERANCE,
+) -> Parity:
+    """Compares every output of a graph with the model's: |difference| at most tolerance · (1 + |output|).
+
+    Args:
+        candidate: e.g. an `OnnxModel`; called with the tensors of a batch by name.
+        model: the torch model, in eval mode.
+        batches: e.g. `parity_batches(model, tokenizer)`.
+        tolerance: absolute and relative at once.
+
+    Raises:
+        ParityError: for the first output that is missing, of another shape, or too far off: how far, where.
+    """
+    worst = Parity(max_abs_diff=0.0, output="", shape=())
+    for batch in batches:
+        with torch.no_grad():
+            expected = {name: value for name, value in model(**batch).items() if isinstance(value, Tensor)}
+        found = candidate(**batch)
+        for name, value in expected.items():
+            difference = _difference(name, found.get(name), value, batch, tolerance)
+            if difference >= worst.max_abs_diff:
+                worst = Parity(max_abs_diff=difference, output=name, shape=shape_of(batch))
+    return worst
+
+
+def _difference(name: str, found: Tensor | None, expected: Tensor, batch: Inputs, tolerance: float) -> float:
+    where = f"{name}, batch of shape {shape_of(batch)}"
+    if found is None or found.shape != expected.shape:
+        shape = None if found is None else tuple(found.shape)
+        raise ParityError(f"{where}: the graph gives shape {shape}, the model {tuple(expected.shape)}.")
+    found, expected = found.cpu().double(), expected.cpu().double()
+    gap = torch.where(found == expected, 0.0, (found - expected).abs()).nan_to_num(nan=math.inf)  # -inf equals -inf
+    excess = gap > tolerance * (1 + expected.abs())
+    largest = gap.max().item() if gap.numel() else 0.0
+    if excess.any():
+        raise ParityError(
+            f"{where}: the graph differs from the model by up to {largest:.3g} (at {int(excess.sum())} of "
+            f"{gap.numel()} values), allowed is {tolerance:g} x (1 + |output|)."
+        )
+    return largest
+
+
+def parity_batches(model: PreTrainedModel, processing_class: Any) -> Iterator[Inputs]:
+    """Invented inputs over `SHAPES`, padded right and left (images: over batch sizes)."""
+    limit = longest(model, processing_class)
+    text = model.main_input_name == "input_ids"
+    sides: tuple[Literal["left", "right"], ...] = ("left", "right") if text else ("right",)
+    for batch, time in SHAPES:
+        for side in sides:
+            yield example(model, processing_class, batch, min(time, limit or time), side=side)
+
+
+def shape_of(batch: Inputs) -> tuple[int, ...]:
+    return tuple(next(iter(batch.values())).shape)
+
+
+def example(
+    model: PreTrainedModel, processing_class: Any, batch: int, time: int, *, side: Literal["left", "right"]
+) -> Inputs:
+    """(batch, time) random ids, or images; row r has r · time / (2 · batch) padded positions, the first row none."""
+    generator = torch.Generator().manual_seed(batch * 1000 + time)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(batch, *_image_shape(model.config, processing_class), generator=generator)}
+    config = model.config.get_text_config()
+    ids = torch.randint(config.vocab_size, (batch, time), generator=generator)
+    pad = config.pad_token_id if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0 else 0
+    ids[ids == pad] = (pad + 1) % config.vocab_size
+    padded = torch.arange(batch) * time // (2 * batch)
+    mask = (torch.arange(time)[None] < time - padded[:, None]).long()
+    mask = mask.flip(1) if side == "left" else mask
+    inputs = {"input_ids": ids.where(mask.bool(), pad), "attention_mask": mask}
+    kinds = getattr(config, "type_vocab_size", 0) or 0
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if "token_type_ids" in getattr(tokenizer, "model_input_names", ["token_type_ids"]) and kinds > 1:
+        inputs["token_type_ids"] = torch.randint(kinds, ids.shape, generator=generator)
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in known}
+
+
+def _image_shape(config: PretrainedConfig, processing_class: Any) -> tuple[int, int, int]:
+    size = getattr(processing_class, "crop_size", None) or getattr(processing_class, "size", None)
+    side = getattr(config, "image_size", None) or 224
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    if size is not None and getattr(size, "get", None) and size.get("height"):
+        height, width = size["height"], size["width"]
+    return getattr(config, "num_channels", 3), height, width
+
+
+def longest(model: PreTrainedModel, processing_class: Any) -> int | None:
+    """The most tokens that model and tokenizer take; None without a limit, as with relative positions."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            limits.append(module.num_embeddings - (-1 if module.padding_idx is None else module.padding_idx) - 1)
+    limits.append(getattr(getattr(processing_class, "tokenizer", processing_class), "model_max_length", None))
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]  # "no limit" is 10**30
+    return min(known, default=None)

@@ -1,0 +1,90 @@
+"""Reading and rewriting what a model returns: a ModelOutput, a dict, a tuple or a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MismatchError
+from .objective import Inputs
+
+
+def first(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for name in ("last_hidden_state", "logits"):
+            if name in output:
+                return field(output, name)
+        value: Tensor = next(value for key, value in output.items() if key != "loss")
+        return value
+    first: Tensor = output[0]
+    return first
+
+
+def field(output: Any, name: str) -> Tensor:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    if not isinstance(value, Tensor):
+        raise MismatchError(f"the model's output has no tensor {name!r}; it has {_fields(output)}.")
+    return value
+
+
+def _fields(output: Any) -> list[str]:
+    return list(output) if isinstance(output, Mapping) else [type(output).__name__]
+
+
+def logits_of(output: Any) -> Tensor:
+    """(batch, ..., class) logits; of a span model (batch, 2, time), start and end stacked."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple):
+        skip = 1 if isinstance(output[0], Tensor) and output[0].dim() == 0 else 0
+        logits: Tensor = output[skip]
+        return logits
+    if "start_logits" in output and "end_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], 1)
+    if not isinstance(output.get("logits"), Tensor):
+        raise MismatchError(
+            f"the model's output has no logits, it has {_fields(output)}. With use_liger_kernel or another fused loss "
+            "training outputs carry none: turn it off; for a model without a head choose a method on hidden states."
+        )
+    found: Tensor = output["logits"]
+    return found
+
+
+def hidden_state(output: Any, name: str, index: int) -> Tensor:
+    states = output.get("hidden_states") if isinstance(output, Mapping) else None
+    if states is None:
+        raise MismatchError(f"tap {name!r}: the model returned no hidden_states; it has {_fields(output)}.")
+    if not -len(states) <= index < len(states):
+        raise MismatchError(f"tap {name!r}: the model has {len(states)} hidden states, embeddings included.")
+    state: Tensor = states[index]
+    return state
+
+
+def loss_of(output: Any, inputs: Inputs) -> Tensor | None:
+    """The model's own loss in an output of any form; None where it computed none."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+        return loss if isinstance(loss, Tensor) else None
+    labelled = any(name in inputs for name in ("labels", "start_positions"))
+    return output[0] if labelled and isinstance(output[0], Tensor) and output[0].dim() == 0 else None
+
+
+def without_states(output: Any) -> Any:
+    if not isinstance(output, Mapping):
+        return output
+    return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """The output with another loss, in the form and order that it had."""
+    if isinstance(output, Mapping):
+        return type(output)(**{"loss": loss, **{name: value for name, value in output.items() if name != "loss"}})
+    if isinstance(output, Tensor):
+        return (loss, output)
+    scalar = isinstance(output[0], Tensor) and output[0].dim() == 0
+    return (loss, *output[1:]) if scalar else (loss, *output)

@@ -1,0 +1,135 @@
+"""What a run says of itself: the part of the record that is written while the Trainer is at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from . import facts, registry
+from .objective import IGNORED, Kind, Objective
+from .taps import unwrap
+
+if TYPE_CHECKING:
+    from .run import Run
+
+SAMPLE = 1000
+"""Rows that a fingerprint reads, evenly spaced: enough to tell data sets apart, cheap for millions of rows."""
+
+_RECORDED = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "optim",
+    "bf16",
+    "fp16",
+)
+
+
+def task_of(model: nn.Module, kind: Kind) -> str:
+    """The hub's name of the task that a model's head is for; `text-regression` for one real-valued output."""
+    name = type(model).__name__
+    main = getattr(model, "main_input_name", "input_ids")
+    source = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}.get(main, "text")
+    if kind == "rows":
+        return f"{source}-classification"
+    if kind == "causal":
+        return "text-generation"
+    if kind == "spans":
+        return "question-answering"
+    if kind == "tokens" and name.endswith("ForMaskedLM"):
+        return "fill-mask"
+    if kind == "tokens" and re.search("ConditionalGeneration|Seq2Seq", name):
+        return "automatic-speech-recognition" if source == "audio" else "text2text-generation"
+    if kind == "tokens":
+        return "token-classification"
+    return "text-regression" if name.endswith("Classification") else "feature-extraction"
+
+
+def student_start(model: nn.Module) -> str | None:
+    """Where the weights came from, as `shrink` left it in the config."""
+    start = getattr(getattr(model, "config", None), "compression_start", None)
+    return start if isinstance(start, str) else None
+
+
+def describe_model(model: nn.Module, layers: int) -> facts.Model:
+    """A student by class, size and start."""
+    return facts.Model(
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith("distiller.")),
+        layers=layers or None,
+        start=student_start(model),
+    )
+
+
+def describe_data(data: Any, name: str | None) -> facts.Data:
+    """A training set by content; the count of labelled rows where the rows have a label column."""
+    rows = len(data) if hasattr(data, "__len__") else 0
+    step = max(rows // SAMPLE, 1)
+    sample = [data[index] for index in range(0, rows, step)] if hasattr(data, "__getitem__") else []
+    return facts.Data(
+        name=name or getattr(getattr(data, "info", None), "dataset_name", None) or "training set",
+        rows=rows,
+        labelled=_labelled(data),
+        fingerprint=facts.fingerprint([rows, *sample]),
+    )
+
+
+def _labelled(data: Any) -> int | None:
+    columns = getattr(data, "column_names", None)
+    if not isinstance(columns, list):
+        return None
+    for name in ("labels", "label"):
+        if name in columns:
+            values = data[name][:]
+            return sum(1 for value in values if value is not None and value != IGNORED)
+    return 0
+
+
+def describe_method(objective: Objective) -> facts.Method:
+    """An objective with everything that decides its value, and how to cite it."""
+    known = registry.catalogue().methods.get(objective.name)
+    return facts.Method(
+        name=objective.name,
+        weight=objective.weight,
+        settings=_plain(dataclasses.asdict(objective.config)),
+        citation=known.declared["bibtex"] if known is not None else None,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def describe_training(run: Run, *, seconds: float) -> facts.Training:
+    """The record of a finished run."""
+    trainer = run.trainer
+    args, state = trainer.args, trainer.state
+    settings = {name: getattr(args, name) for name in _RECORDED if hasattr(args, name)}
+    settings["processes"] = trainer.accelerator.num_processes
+    return facts.Training(
+        task=run.task,
+        teacher=None if run.teacher is None else run.teacher.describe(),
+        student=describe_model(unwrap(run.student), run.sizes.layers),
+        methods=tuple(describe_method(objective) for objective in run.distiller.objectives),
+        task_weight=run.task_weight,
+        data=describe_data(trainer.train_dataset, run.config.data),
+        steps=state.global_step,
+        epochs=float(state.epoch or 0.0),
+        seconds=seconds,
+        seed=args.seed,
+        settings=_plain(settings),
+        hardware=facts.hardware(),
+        versions=facts.versions(),
+    )

@@ -1,0 +1,217 @@
+"""Families (entry points) and methods (module names), found without importing a method.
+
+A distribution registers a family with one line in the entry-point group `hf_compress.families`; its methods are the
+family's modules. Listing reads each module's source and takes the keywords of its one top-level `METHOD = Method(...)`:
+literals, and bare names for the parts. Adding a method adds a file and edits none.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib.machinery import ModuleSpec
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import PluginError, UnknownNameError
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+GROUP = "hf_compress.families"
+
+TASKS = (
+    "text-classification",
+    "text-regression",
+    "token-classification",
+    "question-answering",
+    "fill-mask",
+    "text-generation",
+    "text2text-generation",
+    "feature-extraction",
+    "image-classification",
+    "audio-classification",
+    "automatic-speech-recognition",
+)
+"""The hub's task names, and `text-regression` for a single real-valued output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a method's module declares. Its name is the module's, its kinds are the parts that it has."""
+
+    title: str
+    paper: str
+    """Identifier, e.g. "arXiv:2501.16937"."""
+    authors: str
+    year: int
+    summary: str
+    """One sentence."""
+    bibtex: str
+    tasks: tuple[str, ...]
+    default_for: tuple[str, ...] = ()
+    """Tasks for which this method is part of the default."""
+    objective: type[Objective] | None = None
+    preparation: Callable[..., Any] | None = None
+
+
+PARTS = ("objective", "preparation")
+_LITERALS = {f.name for f in fields(Method)} - set(PARTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A method as its source declares it, unimported."""
+
+    name: str
+    family: str
+    module: str
+    distribution: str
+    path: Path
+    declared: Mapping[str, Any]
+    """The literal keywords of `Method(...)`."""
+    parts: Mapping[str, str]
+    """Part to the bare name that it is bound to."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.declared["tasks"])
+
+    @property
+    def default_for(self) -> tuple[str, ...]:
+        return tuple(self.declared.get("default_for", ()))
+
+    def load(self) -> Method:
+        """Imports the method's module.
+
+        Raises:
+            PluginError: if the import fails, with the distribution that ships it.
+        """
+        try:
+            method = importlib.import_module(self.module).METHOD
+        except Exception as error:
+            raise PluginError(
+                f"method {self.name!r} of distribution {self.distribution!r} cannot be imported: "
+                f"{type(error).__name__}: {error}. Reinstall or update that distribution."
+            ) from error
+        if not isinstance(method, Method):
+            raise PluginError(f"{self.module}: METHOD is a {type(method).__name__}, not a Method.")
+        return method
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All methods that can be listed, and the families that cannot, by reason."""
+
+    methods: Mapping[str, Entry] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+
+@cache
+def catalogue() -> Catalogue:
+    """Reads every family once. A family or method that cannot be read is reported in `broken`, the others work."""
+    methods: dict[str, Entry] = {}
+    broken: dict[str, str] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        distribution = point.dist.name if point.dist else "unknown distribution"
+        where = f"{point.name} ({distribution})"
+        try:
+            paths = _modules(point)
+        except Exception as error:  # a stranger's package may raise anything while its parent is imported
+            broken[where] = f"{type(error).__name__}: {error}"
+            continue
+        for path in paths:
+            try:
+                entry = _read(path, point, distribution)
+            except PluginError as error:
+                broken[f"{point.name}.{path.stem} ({distribution})"] = str(error)
+                continue
+            if entry.name in methods:
+                other = methods[entry.name]
+                broken[f"{point.name}.{entry.name} ({distribution})"] = (
+                    f"{entry.name!r} is also a method of {other.family} ({other.distribution}), which is used."
+                )
+                continue
+            methods[entry.name] = entry
+    return Catalogue(methods, broken)
+
+
+def get(name: str) -> Entry:
+    """The method of that name.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+        PluginError: if a method of that name is there but cannot be read.
+    """
+    found = catalogue()
+    if name in found.methods:
+        return found.methods[name]
+    for where, reason in found.broken.items():
+        if where.split(" ")[0].rpartition(".")[2] == name:
+            raise PluginError(f"method {where} cannot be used: {reason}")
+    raise UnknownNameError("method", name, found.methods)
+
+
+def default_for(task: str) -> tuple[Entry, ...]:
+    """The methods that together are the default of a task, by name."""
+    if task not in TASKS:
+        raise UnknownNameError("task", task, TASKS)
+    return tuple(entry for _, entry in sorted(catalogue().methods.items()) if task in entry.default_for)
+
+
+def _modules(point: EntryPoint) -> list[Path]:
+    spec: ModuleSpec | None = find_spec(point.value)
+    if spec is None or not spec.submodule_search_locations:
+        raise PluginError(f"{point.value} is not a package.")
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    return sorted(path for folder in folders for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def _read(path: Path, point: EntryPoint, distribution: str) -> Entry:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise PluginError(f"{path.name}: cannot be parsed ({error}).") from error
+    calls = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and [ast.unparse(target) for target in node.targets] == ["METHOD"]
+        and isinstance(node.value, ast.Call)
+    ]
+    if len(calls) != 1:
+        raise PluginError(f"{path.name}: expected one top-level `METHOD = Method(...)`, found {len(calls)}.")
+    declared: dict[str, Any] = {}
+    parts: dict[str, str] = {}
+    for keyword in calls[0].keywords:
+        where = f"{path.name}, line {keyword.value.lineno}"
+        if keyword.arg in _LITERALS:
+            try:
+                declared[keyword.arg] = ast.literal_eval(keyword.value)
+            except ValueError as error:
+                raise PluginError(f"{where}: {keyword.arg} must be a literal.") from error
+        elif keyword.arg in PARTS and isinstance(keyword.value, ast.Name):
+            parts[keyword.arg] = keyword.value.id
+        elif keyword.arg in PARTS:
+            raise PluginError(f"{where}: {keyword.arg} must be the bare name of an object of this module.")
+        else:
+            raise PluginError(f"{where}: Method has no keyword {keyword.arg!r}.")
+    missing = {"title", "paper", "authors", "year", "summary", "bibtex", "tasks"} - set(declared)
+    if missing:
+        raise PluginError(f"{path.name}: METHOD lacks {sorted(missing)}.")
+    if unknown := [task for task in (*declared["tasks"], *declared.get("default_for", ())) if task not in TASKS]:
+        raise PluginError(f"{path.name}: unknown tasks {unknown}; known: {', '.join(TASKS)}.")
+    return Entry(
+        name=path.stem,
+        family=point.name,
+        module=f"{point.value}.{path.stem}",
+        distribution=distribution,
+        path=path,
+        declared=declared,
+        parts=parts,
+    )

@@ -1,0 +1,601 @@
+"""One student under distillation: hooks, window counts, logs."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer
+
+from . import distiller as d
+from . import objective as o
+from . import registry
+from .checks import check_labels, check_pair, check_tokenizers
+from .distiller import PREFIX, Counts, Distiller
+from .errors import ConfigurationError, MismatchError, NumericalError, ResumeError, UnusedLossError
+from .objective import Inputs, Kind, Objective, Signals, Step
+from .outputs import loss_of, with_loss, without_states
+from .provenance import describe_training, task_of
+from .resume import SIDE_FILE, read_state, resumed_folder
+from .taps import Taps, body, unwrap, watching
+from .teachers import Teacher, teacher_for
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Everything about a run but teacher and method."""
+
+    alpha: float | None = None
+    """Short for task_weight = 1 - alpha and every term times alpha."""
+    task_weight: float | None = None
+    """Weight of the task's own loss; None: the method's published one, else 1. Without labels it has no effect."""
+    kind: Kind | None = None
+    """Where the student's distributions stand; None: told by the class of the model."""
+    data: str | None = None
+    """Name of the training data for the record, e.g. its hub id."""
+
+
+@dataclass
+class _Sums:
+    """Values added up since the last log, or over one evaluation."""
+
+    values: dict[str, Tensor]
+    count: float = 0.0
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+
+class Run:
+    """One student under distillation: hooks, window counts, logs. Made by `DistillCallback`.
+
+    The distiller stays the same object over a second `train()`, because the optimizer keeps its parameters.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        student: nn.Module,
+        source: nn.Module | str | Teacher | None,
+        method: str | Objective | Sequence[str | Objective] | None,
+        config: DistillConfig,
+    ) -> None:
+        if isinstance(student, nn.Sequential):
+            raise ConfigurationError(
+                "the student is an nn.Sequential (sentence-transformers?), where a distiller would become a stage of "
+                "the forward. Train its transformer: Trainer(model=student[0].auto_model)."
+            )
+        self._trainer = weakref.ref(trainer)
+        self.student, self.config = student, config
+        self.kind = config.kind or o.kind_of(unwrap(student))
+        self.sizes = o.sizes(unwrap(student), self.kind)
+        self.task = task_of(unwrap(student), self.kind)
+        objectives = resolve_methods(method, self.task)
+        self.task_weight, factor = d.resolve_weights(objectives, config.alpha, config.task_weight)
+        for objective in objectives:
+            objective.weight *= factor
+        self.teacher = None if source is None else teacher_for(source, student)
+        if source is student:
+            raise ConfigurationError("student and teacher are one object. shrink() or copy the teacher first.")
+        theirs = None if self.teacher is None else self.teacher.sizes
+        self.needs = [objective.needs(self.sizes, theirs) for objective in objectives]
+        if self.teacher is None and any(need.teacher is not None for need in self.needs):
+            names = [obj.name for obj, need in zip(objectives, self.needs, strict=True) if need.teacher is not None]
+            raise ConfigurationError(f"{names} need a teacher: DistillCallback(teacher, method=…).")
+        if self.teacher is not None:
+            check_pair(self.needs, self.sizes, self.teacher.sizes)
+            check_tokenizers(trainer.processing_class, self.teacher)
+        if sum(objective.overrides("batch") for objective in objectives) > 1:
+            raise ConfigurationError("two methods of one run rewrite the batch; use one of them.")
+        self.distiller = Distiller(objectives)
+        self.columns = frozenset().union(*(need.columns for need in self.needs))
+        self._taps: Taps | None = None
+        self._handles: list[Any] = []
+        self._restore: list[Callable[[], None]] = []
+        self._built = False
+        self._loaded: list[str] | None = None
+        self._reset()
+        self.distiller.register_load_state_dict_post_hook(self._note_loaded)  # type: ignore[no-untyped-call]  # torch
+        logger.info("hf_compress: %s with %s", self.task, ", ".join(objective.name for objective in objectives))
+
+    def _reset(self) -> None:
+        self.window: Counts | None = None
+        self.micro, self.micros = 0, 1
+        self.waiting = 0
+        self.pending: tuple[Inputs, Any] | None = None
+        self.sums, self._means = _Sums({}), _Sums({})
+        self._evaluating: tuple[str, _Sums] | None = None
+        self._reached = False
+        self._step: Step | None = None
+        self._inputs: Inputs | None = None
+        self._own_states = False
+
+    @property
+    def trainer(self) -> Trainer:
+        trainer = self._trainer()
+        if trainer is None:
+            raise ConfigurationError("the Trainer of this callback no longer exists.")
+        return trainer
+
+    # ------------------------------------------------------------------ attaching
+
+    def attach(self) -> None:
+        """Puts distiller, hooks and wrappers in place; does nothing where they are."""
+        present = getattr(self.student, "distiller", None)
+        if present is not None and present is not self.distiller:
+            raise ConfigurationError(
+                "the student already has a `distiller` that is not this callback's. Call detach() on the other "
+                "callback, or use one callback with a list of methods."
+            )
+        if present is self.distiller:
+            return
+        trainer = self.trainer
+        device = trainer.args.device
+        if self.teacher is not None:
+            wanted: frozenset[str] = frozenset().union(*(need.teacher or frozenset() for need in self.needs))
+            self.teacher.prepare(wanted, device)
+        names: frozenset[str] = frozenset().union(*(need.student for need in self.needs))
+        try:
+            self._taps = Taps(self.student, names, self.sizes.layers)
+            if not self._built:
+                self._build()
+            self.distiller.to(device)
+            self.student.distiller = self.distiller
+            self._handles = [
+                self.student.register_forward_pre_hook(self._before, with_kwargs=True),
+                self.student.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+            self._wrap(trainer)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _build(self) -> None:
+        """Lets objectives make parts that depend on shapes, from one dry forward that leaves no trace."""
+        self._built = True
+        if not any(objective.overrides("build") for objective in self.distiller.objectives):
+            return
+        device = self.trainer.args.device
+        inputs = dry_inputs(self.student, self.trainer, device)
+        mode = [module for module in self.student.modules() if module.training]
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(self.trainer.args.seed)
+            self.student.eval().to(device)
+            assert self._taps is not None  # attach has just made it
+            given: dict[str, Any] = dict(inputs)
+            if self._taps.hidden_states:
+                given["output_hidden_states"] = True
+            with watching(self._taps):
+                output = self.student(**given)
+            student = {name: tensor.shape for name, tensor in self._taps.read(output).items()}
+            wanted = self.teacher is not None and any(need.teacher for need in self.needs)
+            teacher = {k: v.shape for k, v in self.teacher(inputs).items()} if wanted and self.teacher else {}
+            for objective in self.distiller.objectives:
+                objective.build(student, teacher)
+        for module in mode:
+            module.training = True
+
+    def _wrap(self, trainer: Trainer) -> None:
+        """Wraps what the Trainer calls; each wrapper is an attribute of the instance and is undone by `detach`."""
+        self._replace(trainer, "get_batch_samples", self._get_batch_samples(trainer.get_batch_samples))
+        self._replace(trainer, "log", self._log(trainer.log))
+        self._replace(trainer, "evaluate", self._evaluate(trainer.evaluate))
+        self._replace(trainer, "loss_is_scaled_for_ga", True)
+        if self.columns and trainer.args.remove_unused_columns:
+            if not hasattr(trainer, "_set_signature_columns_if_needed"):
+                raise ConfigurationError(
+                    f"set remove_unused_columns=False: the columns {sorted(self.columns)} are needed."
+                )
+            trainer._set_signature_columns_if_needed()
+            self._replace(trainer, "_signature_columns", [*trainer._signature_columns, *sorted(self.columns)])
+
+    def _replace(self, trainer: Trainer, name: str, value: Any) -> None:
+        own = name in vars(trainer)
+        before = vars(trainer).get(name)
+
+        def restore() -> None:
+            if own:
+                setattr(trainer, name, before)
+            else:
+                vars(trainer).pop(name, None)
+
+        self._restore.append(restore)
+        setattr(trainer, name, value)
+
+    def detach(self) -> None:
+        """Undoes `attach`; the distiller object is kept. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        while self._restore:
+            self._restore.pop()()
+        if getattr(self.student, "distiller", None) is self.distiller:
+            del self.student.distiller
+        if self._taps is not None:
+            self._taps.remove()
+            self._taps = None
+        if self.teacher is not None:
+            self.teacher.close()
+
+    # ------------------------------------------------------------------ life cycle
+
+    def begin(self, state: Any, optimizer: Any) -> None:
+        """Start of `train()`: all in place, the optimizer knows the learned parts, a resumed run has its state."""
+        self._reset()
+        self.attach()
+        self._started = time.monotonic()
+        self._first_step = state.global_step
+        known = (
+            {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else None
+        )
+        learned = [name for name, p in self.distiller.named_parameters() if known is not None and id(p) not in known]
+        if learned:
+            raise ConfigurationError(
+                f"the optimizer does not hold the learned parts {learned[:3]}. Build it once the callback is attached: "
+                "let the Trainer make it, or pass optimizer_cls_and_kwargs."
+            )
+        if state.global_step > 0:
+            self._check_resumed(state.global_step)
+        self._loaded = None
+
+    def _note_loaded(self, _module: nn.Module, keys: Any) -> None:
+        self._loaded = [key for key in keys.missing_keys if PREFIX in key or key.split(".")[0] in self.distiller]
+
+    def _check_resumed(self, step: int) -> None:
+        """A resumed run has every entry of the distiller from the checkpoint, or from the side file, or stops."""
+        wanted = set(self.distiller.state_dict())
+        if not wanted or self._loaded == []:
+            return
+        folder = resumed_folder()
+        missing = wanted
+        if folder is not None:
+            found: dict[str, Tensor] = {}
+            for file in (folder / SIDE_FILE, folder / "model.safetensors"):
+                found |= read_state(file) if file.exists() else {}
+            missing = wanted - set(found)
+            if not missing:
+                self.distiller.load_state_dict(found)
+                return
+        raise ResumeError(
+            f"the checkpoint at step {step} has no state for {sorted(missing)[:3]}; resuming would restart it and give "
+            "other numbers. Resume from a checkpoint of a run with this method, or start afresh."
+        )
+
+    def save_beside(self, folder: Path) -> None:
+        """Writes our state beside a checkpoint that holds adapters only."""
+        state = self.distiller.state_dict()
+        if state and hasattr(self.student, "peft_config") and folder.is_dir():
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / SIDE_FILE)
+
+    def end(self) -> None:
+        """End of `train()`: last words of the methods, the record, and a clean student."""
+        if self._step is not None:
+            for objective in self.distiller.objectives:
+                objective.finish(self._step)
+        config = getattr(unwrap(self.student), "config", None)
+        if config is not None:
+            record = describe_training(self, seconds=time.monotonic() - self._started)
+            config.compression = record.model_dump(mode="json", exclude_none=True)
+        self.detach()
+
+    # ------------------------------------------------------------------ the window
+
+    def _get_batch_samples(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_batch_samples(iterator: Any, number: int, device: Any = None) -> tuple[list[Any], None]:
+            batches, _ = original(iterator, number, device)
+            self.begin_window([batch for batch in batches if isinstance(batch, Mapping)])
+            return batches, None
+
+        return get_batch_samples
+
+    def begin_window(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Counts the accumulation window over all processes, before its first forward."""
+        for batch in batches:
+            check_labels(self.kind, self.sizes.vocab, dict(batch))
+        counts = d.count(self.kind, [dict(batch) for batch in batches], self.distiller.objectives)
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            values = accelerator.reduce(counts.to_tensor().to(self.trainer.args.device), reduction="sum")
+            counts = Counts.from_tensor(values)
+        self.window, self.micro, self.micros = counts, 0, max(len(batches), 1)
+
+    # ------------------------------------------------------------------ the hooks
+
+    def _is_training(self) -> bool:
+        return self.student.training and torch.is_grad_enabled()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = list(inspect.signature(unwrap(module).forward).parameters)
+        inputs: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+        training = self._is_training()
+        cached = any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
+        measuring = self._evaluating is not None and not training and not cached and self.teacher is not None
+        seen = {name: value for name, value in inputs.items() if name not in self.columns}
+        if not training and not measuring:
+            return (), seen
+        if missing := self.columns - inputs.keys():
+            raise MismatchError(
+                f"the batch lacks {sorted(missing)}, which {[x.name for x in self.distiller.objectives]} need; it has "
+                f"{sorted(inputs)}. Add them to the data set and to what the collator passes on."
+            )
+        if training:
+            self._step = self._make_step()
+            for objective in self.distiller.objectives:
+                if objective.overrides("batch"):
+                    inputs = objective.batch(inputs, self._step)
+            seen = {name: value for name, value in inputs.items() if name not in self.columns}
+        self._inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        assert self._taps is not None  # the hooks exist only while the taps do
+        self._own_states = self._taps.hidden_states and not seen.get("output_hidden_states")
+        if self._own_states:
+            seen["output_hidden_states"] = True
+        self._taps.start()
+        return (), seen
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        inputs, self._inputs = self._inputs, None
+        if self._taps is not None:
+            self._taps.stop()
+        if inputs is None or output is None or self._taps is None:  # not watched, or the forward raised
+            return output
+        signals = self._signals(inputs, output)
+        clean = without_states(output) if self._own_states else output
+        if not self._is_training():
+            self._measure(signals, inputs)
+            return clean
+        if self.trainer.compute_loss_func is not None and "labels" not in inputs:
+            self.pending = (inputs, signals)
+            return clean
+        own = None if isinstance(output, Tensor) else loss_of(output, inputs)
+        return with_loss(clean, self._total(inputs, signals, own))
+
+    def finish_pending(self, outputs: Any, labels: Any, compute_loss_func: Callable[..., Tensor]) -> Tensor:
+        """The loss of a batch whose labels the Trainer had taken out for a loss function of the user's."""
+        assert self.pending is not None  # `DistillCallback.loss` asks first
+        (inputs, signals), self.pending = self.pending, None
+        if labels is not None:
+            inputs = inputs | {"labels": labels}
+            signals = Signals(**{**vars(signals), "inputs": inputs, "positions": o.positions(self.kind, inputs)})
+        window = self.window or d.count(self.kind, [inputs], self.distiller.objectives)
+        own = compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(max(window.labels, 1.0)))
+        return self._total(inputs, signals, own, normalised=True)
+
+    def _signals(self, inputs: Inputs, output: Any) -> Signals:
+        assert self._taps is not None  # checked by the hook
+        student = self._taps.read(output)
+        if self._is_training():
+            for name, tensor in student.items():
+                if not tensor.requires_grad:
+                    raise ConfigurationError(
+                        f"tap {name!r} carries no gradient: its term would teach nothing. With gradient checkpointing "
+                        "set gradient_checkpointing_kwargs={'use_reentrant': False}; else check what is frozen."
+                    )
+        seen: Mapping[str, Tensor] = {}
+        if self.teacher is not None and any(need.teacher for need in self.needs):
+            given = inputs
+            for objective in self.distiller.objectives:
+                if self._step is not None and objective.overrides("teacher_batch"):
+                    given = objective.teacher_batch(given, self._step)
+            seen = self.teacher(given)
+        return Signals(
+            student=student,
+            teacher=seen,
+            inputs=inputs,
+            positions=o.positions(self.kind, inputs),
+            tokens=o.tokens(inputs),
+            examples=o.batch_size(inputs),
+        )
+
+    def _total(self, inputs: Inputs, signals: Signals, own: Tensor | None, normalised: bool = False) -> Tensor:
+        """This micro-batch's part of the loss, and its place in the logs."""
+        assert self._step is not None  # made by the pre-hook
+        local = d.count(self.kind, [inputs], self.distiller.objectives)
+        window = self.window or local
+        found = d.terms(self.distiller, self.needs, signals, self._step, local, window)
+        task = own if normalised else d.task_term(own, local, window)
+        total: Tensor = torch.zeros((), device=signals.positions.index.device)
+        if task is not None and self.task_weight:
+            if not torch.isfinite(task):
+                raise NumericalError(
+                    f"step {self._step.global_step}: the task's own loss is {task.item()} in micro-batch {self.micro}; "
+                    "no weight was changed. Look at this batch's labels, or lower the learning rate."
+                )
+            total = total + self.task_weight * task
+        for term in found:
+            total = total + term.weight * term.value
+            self._means.add(f"{term.key}\n{term.name}", term.value.detach())
+            self.sums.add(f"distill/{term.name}", term.value.detach())
+            self.sums.add("distill_loss", term.weight * term.value.detach())
+        if task is not None:
+            self.sums.add("task_loss", task.detach())
+        if not total.requires_grad:
+            raise UnusedLossError(
+                "nothing that is trained reaches the loss: the batch has no labels and no term has a gradient. "
+                "Check what is frozen, and that the methods have a weight above 0."
+            )
+        total = total * float(self.trainer.accelerator.num_processes)
+        total.register_hook(self._tick)  # type: ignore[no-untyped-call]  # torch
+        self.waiting += 1
+        self.micro += 1
+        return total
+
+    def _make_step(self) -> Step:
+        state, args = self.trainer.state, self.trainer.args
+        place = (args.seed, state.global_step, self.micro)
+        return Step(
+            global_step=state.global_step,
+            max_steps=state.max_steps,
+            epoch=float(state.epoch or 0.0),
+            micro=self.micro,
+            micros=self.micros,
+            generator=d.generator(args.device, *place, args.process_index),
+            shared=d.generator(args.device, *place, -1),
+            student=self.student,
+            run_student=self._run_student,
+            run_teacher=self._run_teacher,
+        )
+
+    def _run_student(self, *, grad: bool = False, **inputs: Any) -> Any:
+        with torch.set_grad_enabled(grad):
+            return self.student.forward(**inputs)  # not __call__: the hook must not be entered again
+
+    def _run_teacher(self, *, grad: bool = False, **inputs: Any) -> Any:
+        if self.teacher is None:
+            raise ConfigurationError("this run has no teacher.")
+        return self.teacher.run(grad=grad, **inputs)
+
+    # ------------------------------------------------------------------ never silent
+
+    def _tick(self, gradient: Tensor) -> None:
+        self.waiting -= 1
+
+    def check_used(self) -> None:
+        """Raises unless every loss that was returned has been differentiated; no weight has changed yet."""
+        if self.waiting:
+            raise UnusedLossError(
+                "the Trainer did not use the loss with the distillation terms: a subclass's compute_loss, or a fused "
+                "loss, computes its own. Let it use outputs.loss, or pass Trainer(compute_loss_func=callback.loss(f))."
+            )
+
+    def check_reached(self) -> None:
+        """After the first window: a trained parameter outside the body without gradient is not being taught."""
+        if self._reached:
+            return
+        self._reached = True
+        inner = body(self.student)
+        inside = {id(parameter) for parameter in inner.parameters()} if inner is not None else set()
+        inside |= {id(parameter) for parameter in self.distiller.parameters()}
+        lost = [
+            name
+            for name, parameter in self.student.named_parameters()
+            if parameter.requires_grad and parameter.grad is None and id(parameter) not in inside
+        ]
+        if inner is not None and lost:
+            names = [objective.name for objective in self.distiller.objectives]
+            raise ConfigurationError(
+                f"nothing reaches {lost[:3]}: the batch has no labels and {names} do not teach the head. "
+                "Add labels or a method on logits, e.g. method=['kd', ...], or freeze the head."
+            )
+
+    def end_step(self) -> None:
+        """After an optimizer step: schedules move on, logs count it."""
+        self.sums.count += 1
+        objectives = self.distiller.objectives
+        if self._step is not None and any(objective.overrides("after_step") for objective in objectives):
+            means = self._over_ranks(self._means.values)
+            for key, objective in self.distiller.items():
+                own = {k.partition("\n")[2]: v for k, v in means.items() if k.partition("\n")[0] == key}
+                if isinstance(objective, Objective) and own:
+                    objective.after_step(self._step, own)
+        self._means = _Sums({})
+        self.window = None
+
+    def _over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1 or not values:
+            return dict(values)
+        names = sorted(values)
+        stacked = accelerator.reduce(torch.stack([values[name].double() for name in names]), reduction="sum")
+        return dict(zip(names, stacked, strict=True))
+
+    # ------------------------------------------------------------------ logs and evaluation
+
+    def _log(self, original: Callable[..., None]) -> Callable[..., None]:
+        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and self.sums.count:
+                values = self._over_ranks(self.sums.values)
+                logs.update({name: value.item() / self.sums.count for name, value in values.items()})
+                self.sums = _Sums({})
+            if self._evaluating is not None and f"{self._evaluating[0]}_runtime" in logs:
+                prefix, sums = self._evaluating
+                values = self._over_ranks(sums.values | {"": torch.tensor(sums.count, device=self.trainer.args.device)})
+                examples = values.pop("").item()
+                if examples and values:
+                    logs[f"{prefix}_distill_loss"] = sum(value.item() for value in values.values()) / examples
+            original(logs, *args, **kwargs)
+
+        return log
+
+    def _evaluate(self, original: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+        def evaluate(
+            eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+        ) -> dict[str, float]:
+            outer, self._evaluating = self._evaluating, (metric_key_prefix, _Sums({}))
+            try:
+                return original(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+            finally:
+                self._evaluating = outer
+
+        return evaluate
+
+    def _measure(self, signals: Signals, inputs: Inputs) -> None:
+        """Adds the terms of one evaluation batch: mean over its own positions, weighed by its examples."""
+        assert self._evaluating is not None  # the pre-hook watches only then
+        step, local = self._step or self._make_step(), d.count(self.kind, [inputs], self.distiller.objectives)
+        sums = self._evaluating[1]
+        with torch.no_grad():
+            for term in d.terms(self.distiller, self.needs, signals, step, local, local):
+                sums.add(term.name, term.weight * term.value * signals.examples)
+        sums.count += signals.examples
+
+
+def resolve_methods(method: str | Objective | Sequence[str | Objective] | None, task: str) -> list[Objective]:
+    """The objectives that the user asked for, or the default of the task.
+
+    Raises:
+        UnknownNameError: for an unknown name, with the nearest.
+        ConfigurationError: for a method without an objective, or a task without a default.
+    """
+    if method is None:
+        entries = registry.default_for(task)
+        if not entries:
+            raise ConfigurationError(
+                f"there is no default method for {task}; name one: DistillCallback(teacher, 'kd')."
+            )
+        method = [entry.name for entry in entries]
+    chosen = [method] if isinstance(method, str | Objective) else list(method)
+    if not chosen:
+        raise ConfigurationError("method=[] names no method; leave it out for the default of the task.")
+    found: list[Objective] = []
+    for one in chosen:
+        if isinstance(one, Objective):
+            found.append(one)
+            continue
+        objective = registry.get(one).load().objective
+        if objective is None:
+            raise ConfigurationError(f"method {one!r} has no objective to train with; see `hf-compress methods`.")
+        found.append(objective())
+    return found
+
+
+def dry_inputs(student: nn.Module, trainer: Trainer, device: torch.device) -> Inputs:
+    """Two rows for a forward that only tells shapes."""
+    model = unwrap(student)
+    main = getattr(model, "main_input_name", None)
+    if main == "input_ids":
+        ids = torch.ones(2, 8, dtype=torch.long, device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(model.config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids
+        return inputs
+    config = getattr(model, "config", None)
+    if main == "pixel_values" and config is not None:
+        side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), side, side, device=device)}
+    data = trainer.train_dataset
+    batch = trainer.data_collator([data[0], data[min(1, len(data) - 1)]])
+    known = inspect.signature(model.forward).parameters
+    return {name: value.to(device) for name, value in batch.items() if name in known and isinstance(value, Tensor)}

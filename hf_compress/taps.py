@@ -1,0 +1,213 @@
+"""Named signals of a model, recorded while its forward runs.
+
+`hidden:-1` comes from a hook on the body, other hidden states from `output_hidden_states`; queries, keys and values
+come from an attention function that records its arguments and calls the real one, so the user's backend stays.
+Nothing is recorded outside the one forward that is being watched: gradient checkpointing runs inner modules again
+during backward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigurationError, MismatchError
+from .outputs import field, first, hidden_state, logits_of
+
+_WATCHED: list[Taps] = []
+"""The forwards being recorded, innermost last."""
+_SUFFIX = "_tap"
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model; the model itself otherwise."""
+    outer: Any = model
+    return outer.get_base_model() if hasattr(outer, "peft_config") and hasattr(outer, "get_base_model") else outer
+
+
+def body(model: nn.Module) -> nn.Module | None:
+    """What the head receives its input from: the decoder of an encoder-decoder, else the base model.
+
+    None if the model is its own body: then the first field of its output is what the body gives.
+    """
+    inner = unwrap(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False) and hasattr(inner, "get_decoder"):
+        decoder: nn.Module = inner.get_decoder()
+        return decoder
+    base: nn.Module = getattr(inner, "base_model", inner)
+    return None if base is inner else base
+
+
+class Taps:
+    """Records the named taps of one model.
+
+    Args:
+        model: student or teacher; hooks are placed on its inner modules until `remove`.
+        names: tap names as in `Needs`.
+        layers: its number of layers, to resolve negative indices.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], layers: int) -> None:
+        self.model, self.names, self.layers = model, frozenset(names), layers
+        self.record: dict[str, Tensor] = {}
+        self._calls = 0
+        self._on = False
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._implementation: str | None = None
+        attention = {name for name in self.names if name.partition(":")[0] in ("q", "k", "v")}
+        self._attention = {self._resolve(name) for name in attention}
+        try:
+            self._place()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def hidden_states(self) -> bool:
+        """Whether the forward has to be asked for `output_hidden_states`."""
+        return any(name.startswith("hidden:") and name != "hidden:-1" for name in self.names)
+
+    def _resolve(self, name: str) -> tuple[str, int]:
+        letter, _, index = name.partition(":")
+        layer = int(index)
+        if not -self.layers <= layer < self.layers:
+            raise MismatchError(f"tap {name!r}: the model has {self.layers} layers.")
+        return letter, layer % self.layers
+
+    def _place(self) -> None:
+        if "hidden:-1" in self.names and (inner := body(self.model)) is not None:
+            self._handles.append(inner.register_forward_hook(self._keep_first("hidden:-1")))
+        modules = dict(self.model.named_modules())
+        for name in self.names:
+            side, _, path = name.partition(":")
+            if side not in ("input", "output"):
+                continue
+            if path not in modules:
+                raise MismatchError(f"tap {name!r}: {type(self.model).__name__} has no module {path!r}.")
+            if side == "input":
+                self._handles.append(modules[path].register_forward_pre_hook(self._keep_input(name), with_kwargs=True))
+            else:
+                self._handles.append(modules[path].register_forward_hook(self._keep_first(name)))
+        if self._attention:
+            self._tap_attention()
+
+    def _keep_first(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self._on:
+                self.record[name] = output if isinstance(output, Tensor) else first(output)
+
+        return hook
+
+    def _keep_input(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._on:
+                self.record[name] = args[0] if args else next(iter(kwargs.values()))
+
+        return hook
+
+    def _tap_attention(self) -> None:
+        config = getattr(self.model, "config", None)
+        real = getattr(config, "_attn_implementation", None)
+        if real not in ("eager", "sdpa"):
+            raise ConfigurationError(
+                f"queries, keys and values are tapped under eager and sdpa attention, this model uses {real!r}. "
+                'Load it with attn_implementation="sdpa".'
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigurationError(
+                "queries, keys and values of an encoder-decoder are not tapped: its attentions interleave. "
+                "Tap hidden states, or distil its encoder alone."
+            )
+        _register(real)
+        self._implementation = real
+        self.model.set_attn_implementation(real + _SUFFIX)  # type: ignore[operator]  # a PreTrainedModel, as config tells
+
+    def keep_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """One attention call of the forward; the n-th call is layer n."""
+        layer, self._calls = self._calls, self._calls + 1
+        for letter, tensor in (("q", query), ("k", key), ("v", value)):
+            if (letter, layer) in self._attention:
+                self.record[f"{letter}:{layer}"] = tensor
+
+    def start(self) -> None:
+        """Begins to record; the next forward of the model is the one that is watched."""
+        self.record, self._calls, self._on = {}, 0, True
+        _WATCHED.append(self)
+
+    def stop(self) -> None:
+        """Ends recording; idempotent."""
+        self._on = False
+        if self in _WATCHED:
+            _WATCHED.remove(self)
+
+    def read(self, output: Any) -> dict[str, Tensor]:
+        """The taps of the forward that gave `output`, by the names that were asked for.
+
+        Raises:
+            MismatchError: if the output has no such field, or a module was not called.
+        """
+        return {name: self._read(name, output) for name in self.names}
+
+    def _read(self, name: str, output: Any) -> Tensor:
+        kind, _, index = name.partition(":")
+        if kind == "logits":
+            return logits_of(output)
+        if kind == "hidden" and index != "-1":
+            return hidden_state(output, name, int(index))
+        if kind in ("q", "k", "v"):
+            letter, layer = self._resolve(name)
+            name_there = f"{letter}:{layer}"
+        else:
+            name_there = name
+        if name_there in self.record:
+            return self.record[name_there]
+        if name == "hidden:-1":
+            return first(output)
+        if kind.startswith("output."):
+            return field(output, kind.removeprefix("output."))
+        raise MismatchError(f"tap {name!r} was not reached in the forward of {type(self.model).__name__}.")
+
+    def remove(self) -> None:
+        """Takes every hook off and gives the model its attention implementation back."""
+        self.stop()
+        while self._handles:
+            self._handles.pop().remove()
+        if self._implementation is not None:
+            self.model.set_attn_implementation(self._implementation)  # type: ignore[operator]  # as in _tap_attention
+            self._implementation = None
+
+
+@contextmanager
+def watching(taps: Taps) -> Iterator[Taps]:
+    """Records the forward that runs inside."""
+    taps.start()
+    try:
+        yield taps
+    finally:
+        taps.stop()
+
+
+def _register(real: str) -> None:
+    """Registers a recording attention function beside the real one, once."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    name = real + _SUFFIX
+    if name in AttentionInterface():
+        return
+
+    def recording(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _WATCHED:
+            _WATCHED[-1].keep_attention(query, key, value)
+        function = AttentionInterface().get(real)
+        if function is None:  # eager is a function of each modeling module, not an entry of the interface
+            function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        return function(module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register(name, recording)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[real])

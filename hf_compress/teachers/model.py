@@ -1,0 +1,149 @@
+"""A frozen model as teacher."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_compress import facts
+from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
+from hf_compress.objective import Inputs, kind_of, sizes
+from hf_compress.taps import Taps, unwrap, watching
+
+NEVER = frozenset({"labels", "num_items_in_batch", "start_positions", "end_positions", "fused_lm_head"})
+"""Inputs that would make the teacher compute a loss of its own."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+
+
+class ModelTeacher:
+    """Runs a frozen model under `no_grad`, in eval mode and in its own dtype, outside the student's module tree.
+
+    `requires_grad` and the training mode are restored by `close`, as the object is the user's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.sizes = sizes(model)
+        self._taps: Taps | None = None
+        self._frozen: list[nn.Parameter] = []
+        self._modes: list[nn.Module] = []
+        parameters = inspect.signature(model.forward).parameters
+        self._accepted = None if _takes_any(parameters) and not parameters.keys() & {"input_ids"} else set(parameters)
+
+    def prepare(self, taps: frozenset[str], device: torch.device) -> None:
+        if self._taps is not None:
+            return
+        self._modes = [module for module in self.model.modules() if module.training]
+        self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.eval()
+        self.model.requires_grad_(False)
+        if not getattr(self.model, "hf_device_map", None):
+            self.model.to(device)
+        self._taps = Taps(self.model, taps, self.sizes.layers)
+
+    def __call__(self, inputs: Inputs) -> Mapping[str, Tensor]:
+        if self._taps is None:
+            raise ConfigurationError("the teacher was called before `prepare`.")
+        given: dict[str, Any] = dict(inputs)
+        if self._taps.hidden_states:
+            given["output_hidden_states"] = True
+        with watching(self._taps):
+            output = self.run(**given)
+        return {name: tensor.detach() for name, tensor in self._taps.read(output).items()}
+
+    def run(self, *, grad: bool = False, **inputs: Any) -> Any:
+        given = self._prepared(inputs)
+        with torch.set_grad_enabled(grad):
+            return self.model(**given)
+
+    def _prepared(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs that the teacher's forward names, and no others."""
+        always = {"output_hidden_states", "return_dict"}
+        given = {
+            name: value
+            for name, value in inputs.items()
+            if name not in NEVER and (self._accepted is None or name in self._accepted or name in always)
+        }
+        labels = inputs.get("labels")
+        if getattr(self.sizes.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
+            if labels is None:
+                raise MismatchError("an encoder-decoder teacher needs labels or decoder_input_ids in the batch.")
+            model = unwrap(self.model)
+            shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or model._shift_right
+            given["decoder_input_ids"] = shift(labels)
+        if self._accepted is not None and "use_cache" in self._accepted:
+            given["use_cache"] = False
+        return given
+
+    def describe(self) -> facts.Model:
+        name = getattr(self.sizes.config, "_name_or_path", "") or ""
+        hub = bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+        return facts.Model(
+            name=name if hub else None,
+            revision=getattr(self.sizes.config, "_commit_hash", None) if hub else None,
+            architecture=type(self.model).__name__,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            layers=self.sizes.layers or None,
+        )
+
+    def close(self) -> None:
+        if self._taps is None:
+            return
+        self._taps.remove()
+        self._taps = None
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        for module in self._modes:
+            module.training = True
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def load_teacher(source: str, student: nn.Module) -> nn.Module:
+    """Loads a teacher with the architecture that its config names.
+
+    Args:
+        source: hub id or folder; safetensors weights, no code of the repository is run.
+        student: decides the head where the config names no architecture.
+
+    Raises:
+        ForeignFileError: if the folder has no config or no weights, or weights are missing for some parameters: they
+            would be random, and the student would learn noise.
+    """
+    safe: dict[str, Any] = {"trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **safe)
+        named = (config.architectures or [type(unwrap(student)).__name__])[0]
+        architecture = getattr(transformers, named, None)
+        if architecture is None:
+            raise ConfigurationError(f"the teacher's architecture {named!r} is not in transformers; pass the model.")
+        model, report = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **safe)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ForeignFileError(
+            source, f"cannot be loaded as a teacher: {error}", "Give a folder or hub id with config and safetensors."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ForeignFileError(
+            source,
+            f"has no weights for {missing[:5]} ({len(missing)} in all); they would be random.",
+            f"Give a fine-tuned {named}, or fine-tune this one first.",
+        )
+    if kind_of(model) != kind_of(unwrap(student)) and kind_of(unwrap(student)) != "none":
+        raise MismatchError(
+            f"the teacher is a {named}, the student a {type(unwrap(student)).__name__}: their outputs differ in kind. "
+            "Give a teacher with the student's kind of head."
+        )
+    teacher: nn.Module = model
+    return teacher
