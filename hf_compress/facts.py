@@ -91,7 +91,7 @@ class Training(_Part):
     """How the student was trained."""
 
     task: Text
-    teacher: Model | None
+    teacher: Model | None = None
     student: Model
     methods: tuple[Method, ...]
     task_weight: FiniteFloat

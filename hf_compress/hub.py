@@ -9,6 +9,7 @@ failure. So after a failure the hub is asked what it holds before anything is tr
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import time
@@ -23,7 +24,6 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.sha import git_hash
 
 from . import files
 from .errors import ForeignFileError, HubError
@@ -83,9 +83,10 @@ def write_commit(folder: Path, output: Path) -> Path:
     if output.resolve().is_relative_to(sent.folder.resolve()) or sent.folder.resolve().is_relative_to(output.resolve()):
         raise HubError(f"{output} and {folder} lie in one another. Choose an output outside the model folder.")
     if output.exists():
-        others = [p for p in output.rglob("*") if not p.is_dir() and not ALLOWED.fullmatch(str(p.relative_to(output)))]
+        held = [path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()]
+        others = [name for name in held if not ALLOWED.fullmatch(name)]
         if others or not output.is_dir():
-            what = others[0].relative_to(output) if others else "no folder"
+            what = others[0] if others else "no folder"
             raise HubError(f"{output} is no earlier commit (it holds {what}). Choose a new or an empty folder.")
     with files.atomic_folder(output) as part:
         for name in sent.files:
@@ -137,40 +138,45 @@ def push(
         raise HubError(f"A pull request goes to main, not to {revision!r}. Leave revision out. Nothing was sent.")
     remote = _Remote.of(repo_id, token=token, endpoint=endpoint, revision=revision)
     sent = check(Path(folder), token=remote.token)
+    ours = _Local(sent)
     remote.repo_id = remote.authorize(create_pr)
     head = remote.open(private, create=not create_pr)
-    ours = _Local(sent)
-    held = remote.files(head)
+    held = remote.files(head, "Nothing was sent.")
     stale = tuple(sorted(name for name in held if MANAGED.fullmatch(name) and name not in sent.names))
     if not stale and ours.same(held):
         return Pushed(url=remote.commit_url(head), oid=head, files=sent.names, new=False)
     oid, url = _commit(remote, ours, stale, head, create_pr, message or "Compressed model with its evidence and card")
-    if not ours.same(remote.files(oid)):
-        raise HubError(f"{url} does not hold what {folder} holds: the folder changed meanwhile. Push it again.")
+    if not ours.same(remote.files(oid, f"{url} was made and could not be read back. Push again to compare.")):
+        raise HubError(
+            f"{url} holds other bytes than were checked: {folder} changed meanwhile. Look at it, push again."
+        )
     return Pushed(url=url, oid=oid, files=sent.names, deleted=stale)
 
 
 class _Local:
-    """Our files, comparable with what a repository lists."""
+    """Our files, comparable with what a repository lists; hashed once, so that a later change of the folder shows."""
 
     def __init__(self, sent: Outgoing) -> None:
         self.sent = sent
-        self._hashes: dict[tuple[str, bool], str] = {}
+        self._hashes = {path.as_posix(): _hashes(sent.folder / path) for path in sent.files}
 
     def same(self, held: dict[str, RepoFile]) -> bool:
         """Whether a commit holds each of our files with our bytes."""
-        return all(n in held and self._hash(n, bool(held[n].lfs)) == _remote_hash(held[n]) for n in self.sent.names)
-
-    def _hash(self, name: str, lfs: bool) -> str:
-        if (name, lfs) not in self._hashes:
-            path = self.sent.folder / name
-            self._hashes[name, lfs] = files.sha256(path) if lfs else git_hash(path.read_bytes())
-        return self._hashes[name, lfs]
+        return all(name in held and _remote_hash(held[name]) in ours for name, ours in self._hashes.items())
 
     def additions(self) -> list[CommitOperationAdd]:
         return [
             CommitOperationAdd(n, self.sent.folder / p) for n, p in zip(self.sent.names, self.sent.files, strict=True)
         ]
+
+
+def _hashes(path: Path) -> tuple[str, str]:
+    """The names that LFS and git have for the bytes of a file."""
+    git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            git.update(block)
+    return files.sha256(path), git.hexdigest()
 
 
 def _remote_hash(file: RepoFile) -> str:
@@ -230,9 +236,9 @@ class _Remote:
         with self.asking(f"for the head of {self.repo_id}", ""):
             return str(self.api.model_info(self.repo_id, revision=self.revision).sha)
 
-    def files(self, revision: str) -> dict[str, RepoFile]:
+    def files(self, revision: str, remedy: str = "") -> dict[str, RepoFile]:
         """The files of a commit by name."""
-        with self.asking(f"for the files of {self.repo_id}", ""):
+        with self.asking(f"for the files of {self.repo_id}", remedy):
             entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
             return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 

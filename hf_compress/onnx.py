@@ -223,7 +223,7 @@ def _check_exportable(model: PreTrainedModel) -> None:
 
 
 def _replaced_forward(module: nn.Module) -> bool:
-    """Whether an instance computes something else than its class; accelerate's wrappers (precision, placement) do not."""
+    """Whether an instance computes something else than its class; wrappers of accelerate do not."""
     members = vars(module)
     own = members.get("forward")
     if own is None or "_original_forward" in members or "_old_forward" in members:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,7 +85,11 @@ def without_states(output: Any) -> Any:
 def with_loss(output: Any, loss: Tensor) -> Any:
     """The output with another loss, in the form and order that it had."""
     if isinstance(output, Mapping):
-        return type(output)(**{"loss": loss, **{name: value for name, value in output.items() if name != "loss"}})
+        changed = copy.copy(output)  # the class may have no field for a loss: a body without a head
+        changed["loss"] = loss
+        if isinstance(changed, OrderedDict):
+            changed.move_to_end("loss", last=False)
+        return changed
     if isinstance(output, Tensor):
         return (loss, output)
     scalar = isinstance(output[0], Tensor) and output[0].dim() == 0

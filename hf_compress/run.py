@@ -116,7 +116,7 @@ class Run:
         self.pending: tuple[Inputs, Any] | None = None
         self.sums, self._means = _Sums({}), _Sums({})
         self._evaluating: tuple[str, _Sums] | None = None
-        self._reached = False
+        self._reached = self._label_column = False
         self._step: Step | None = None
         self._inputs: Inputs | None = None
         self._own_states = False
@@ -301,6 +301,7 @@ class Run:
 
     def begin_window(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Counts the accumulation window over all processes, before its first forward."""
+        self._label_column = any("labels" in batch for batch in batches)
         for batch in batches:
             check_labels(self.kind, self.sizes.vocab, dict(batch))
         counts = d.count(self.kind, [dict(batch) for batch in batches], self.distiller.objectives)
@@ -472,7 +473,8 @@ class Run:
 
     def check_reached(self) -> None:
         """After the first window: a trained parameter outside the body without gradient is not being taught."""
-        if self._reached:
+        unlabelled = self.window is not None and self.window.labels == 0 and self._label_column
+        if self._reached or unlabelled:  # labels that are all -100 here may come with a later batch
             return
         self._reached = True
         inner = body(self.student)

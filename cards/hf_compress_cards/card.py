@@ -1,0 +1,126 @@
+"""Renders a model card from a folder's record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from hf_compress import facts, files
+from hf_compress.facts import Record, Setting
+
+from . import figures, plot, usage
+from .metadata import metadata
+from .text import Safe, escape, fence, table
+
+FILE = "README.md"
+PLOT = "evidence/quality_latency.png"
+
+
+def render(folder: Path, *, repo_id: str | None = None) -> str:
+    """The text of a model card, front matter included, from `compression.json` and `config.json` alone.
+
+    Args:
+        folder: a model folder.
+        repo_id: the hub id that the usage code names; None: the folder's name.
+
+    Raises:
+        ForeignFileError: if one of the two files is malformed.
+    """
+    folder = Path(folder).resolve()
+    config_file = folder / "config.json"
+    config = files.read_json(config_file) if config_file.is_file() else {}
+    text = _template().render(_context(facts.load(folder), config, repo_id or folder.name))
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def write(folder: Path, *, repo_id: str | None = None) -> Path:
+    """Writes README.md whole or not at all, and the plot that it shows as recorded evidence, if there is one to draw.
+
+    Raises:
+        ForeignFileError: as `render`; nothing is written then.
+        OSError: if the folder cannot be written; the old card is untouched.
+    """
+    folder = Path(folder)
+    if drawn := plot.draw(facts.load(folder), folder / PLOT):
+        facts.register(folder, [drawn])
+    files.write_text(folder / FILE, render(folder, repo_id=repo_id))
+    return folder / FILE
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("hf_compress_cards"),
+        undefined=StrictUndefined,
+        finalize=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("card.md.jinja")
+
+
+def _context(record: Record, config: dict[str, Any], model: str) -> dict[str, Any]:
+    """What the template prints. Texts are as they came; the environment escapes each when it is printed."""
+    architecture = _architecture(record, config)
+    tag = usage.pipeline_tag(record, architecture)
+    variants = usage.onnx_variants(record)
+    name = model.rsplit("/", 1)[-1]
+    optimum = usage.optimum_code(model, tag, variants[0]) if variants else None
+    return {
+        "metadata": Safe(metadata(record, name=name, tag=tag, licence=config.get("license")).to_yaml()),
+        "name": name,
+        "model": model,
+        "architecture": architecture,
+        "record": record,
+        "training": record.training,
+        "find": record.find,
+        "show": figures.show,
+        "count": figures.count,
+        "settings": _settings,
+        "quality": figures.quality_table(record),
+        "speed": figures.speed_table(record),
+        "other": figures.other_table(record),
+        "derived": figures.derived(record),
+        "measured_on": figures.measured_on(record),
+        "missing": figures.missing(record),
+        "plot": Safe(PLOT) if any(entry.file == PLOT for entry in record.evidence) else None,
+        "variants": variants,
+        "torch_code": fence(usage.torch_code(model, tag, architecture), "python"),
+        "onnx_code": fence(usage.onnx_code(model, tag, variants[0]), "python") if variants else None,
+        "optimum_code": fence(optimum, "python") if optimum else None,
+        "methods": _methods(record),
+        "citations": [fence(text, "bibtex") for text in _citations(record)],
+        "licence_known": isinstance(config.get("license"), str),
+    }
+
+
+def _architecture(record: Record, config: dict[str, Any]) -> str | None:
+    named = config.get("architectures")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        return named[0]
+    return record.training.student.architecture if record.training else None
+
+
+def _methods(record: Record) -> Safe | None:
+    methods = record.training.methods if record.training else ()
+    rows = [(method.name, f"{method.weight:g}", _settings(method.settings)) for method in methods]
+    return table(("method", "weight", "settings"), rows) if rows else None
+
+
+def _citations(record: Record) -> Iterable[str]:
+    methods = record.training.methods if record.training else ()
+    return dict.fromkeys(method.citation for method in methods if method.citation)
+
+
+def _setting(value: Setting) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _settings(values: dict[str, Setting]) -> str:
+    return ", ".join(f"{key} = {_setting(value)}" for key, value in values.items())

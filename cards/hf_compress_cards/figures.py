@@ -1,0 +1,216 @@
+"""Measurements as a reader wants them: tables of subjects and variants, values with units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hf_compress.facts import Data, Measurement, Record
+
+from .text import Safe, table
+
+UNKNOWN = "not measured"
+SUBJECTS = {
+    "teacher": "teacher",
+    "student": "student",
+    "alone": "alone (same start, trained without the teacher)",
+    "student-labelled": "student, trained with labels",
+}
+VARIANTS = ("torch", "onnx", "onnx-int8")
+QUALITY = {
+    "accuracy": "accuracy",
+    "f1_macro": "F1 (macro)",
+    "label_loyalty": "same label as the teacher",
+    "probability_loyalty": "probability loyalty",
+}
+SIZE = {"parameters": "parameters", "bytes": "size on disk"}
+LATENCY = {"latency_median": "median", "latency_p90": "p90"}
+DERIVED = {
+    "retention": "{value} of the teacher's quality is kept",
+    "gap_closed": "{value} of the gap between the same start trained without the teacher and the teacher is closed",
+    "gain": "{value} more of the rows are right than with the same start trained without the teacher",
+}
+BATCHES = (1, 32)
+
+
+@dataclass(frozen=True, order=True)
+class Condition:
+    """What two latencies must have in common to be compared."""
+
+    provider: str
+    threads: str
+    length: str
+
+    @classmethod
+    def of(cls, found: Measurement) -> Condition:
+        return cls(*(str(found.how.get(key, "not recorded")) for key in ("provider", "threads", "length")))
+
+    @property
+    def device(self) -> str:
+        """GPU or CPU: providers of one device may be compared, they are what is compared."""
+        return "GPU" if re.search("cuda|gpu|tensorrt|rocm", self.provider, re.IGNORECASE) else "CPU"
+
+
+def show(found: Measurement | None) -> str:
+    """A value with its unit, and its 95 % interval where there is one."""
+    if found is None:
+        return UNKNOWN
+    write = _WRITERS.get(found.unit)
+    if write is None:
+        return f"{_interval(found, lambda value: f'{value:.4g}')} {found.unit}"
+    return _interval(found, write)
+
+
+def _interval(found: Measurement, write: Callable[[float], str]) -> str:
+    if found.interval is None:
+        return write(found.value)
+    low, high = map(write, found.interval)
+    return f"{write(found.value)} ({low.removesuffix(' %')} to {high})"
+
+
+def percent(value: float) -> str:
+    """A fraction as a percentage with one decimal."""
+    return f"{100 * value:.1f} %"
+
+
+def count(value: float) -> str:
+    """A number of things: 812, 3.2 k, 22.7 M, 1.24 G."""
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes in powers of ten: 91.3 MB."""
+    return f"{count(value)}{'B' if abs(value) >= 1e3 else ' B'}"
+
+
+def seconds(value: float) -> str:
+    """A latency in milliseconds with three digits."""
+    return f"{1000 * value:.3g} ms"
+
+
+_WRITERS = {"fraction": percent, "ratio": percent, "count": count, "bytes": size, "seconds": seconds}
+
+
+def pairs(record: Record) -> list[tuple[str, str]]:
+    """Subjects and variants that anything was measured for: teacher, student, alone, then others by name."""
+    found = {(each.subject, each.variant) for each in record.measurements}
+    return sorted(
+        found, key=lambda pair: (_place(pair[0], [*SUBJECTS]), pair[0], _place(pair[1], [*VARIANTS]), pair[1])
+    )
+
+
+def _place(name: str, known: list[str]) -> int:
+    return known.index(name) if name in known else len(known)
+
+
+def quality_table(record: Record) -> Safe | None:
+    """Quality, agreement and size of every subject and variant; a column that is empty throughout is left out."""
+    cells = {pair: {key: record.find(key, *pair) for key in QUALITY | SIZE} for pair in pairs(record)}
+    shown = [key for key in QUALITY | SIZE if any(row[key] for row in cells.values())]
+    rows = [
+        (SUBJECTS.get(subject, subject), variant, *(_cell(subject, variant, key, row[key]) for key in shown))
+        for (subject, variant), row in cells.items()
+        if any(row.values())
+    ]
+    return table(("model", "variant", *((QUALITY | SIZE)[key] for key in shown)), rows) if rows else None
+
+
+def _cell(subject: str, variant: str, key: str, found: Measurement | None) -> str:
+    """A dash where there is nothing to measure: the teacher's agreement with itself, the parameters of a graph."""
+    itself = subject == "teacher" and key.endswith("_loyalty")
+    graph = variant != "torch" and key == "parameters"
+    return "–" if found is None and (itself or graph) else show(found)
+
+
+def speed_table(record: Record) -> Safe | None:
+    """Latency, one row for each subject, variant and condition."""
+    latencies = [each for each in record.measurements if each.metric in LATENCY]
+    keys = [
+        (pair, c) for pair in pairs(record) for c in conditions(x for x in latencies if (x.subject, x.variant) == pair)
+    ]
+    batches = sorted({*BATCHES, *(batch for each in latencies if (batch := _batch(each)) is not None)})
+    rows = []
+    for (subject, variant), condition in keys:
+        row = [SUBJECTS.get(subject, subject), variant]
+        for batch in batches:
+            found = {m: _latency(latencies, m, subject, variant, condition, batch) for m in LATENCY}
+            row.append(" / ".join(map(show, found.values())) if any(found.values()) else UNKNOWN)
+        rows.append((*row, condition.provider, condition.threads, condition.length))
+    columns = (
+        "model",
+        "variant",
+        *(f"batch {batch}: median / p90" for batch in batches),
+        "provider",
+        "threads",
+        "length",
+    )
+    return table(columns, rows) if rows else None
+
+
+def conditions(latencies: Iterable[Measurement]) -> list[Condition]:
+    """The distinct conditions, in order."""
+    return sorted({Condition.of(each) for each in latencies})
+
+
+def _batch(found: Measurement) -> int | None:
+    batch = found.how.get("batch")
+    return batch if isinstance(batch, int) and not isinstance(batch, bool) else None
+
+
+def _latency(
+    latencies: list[Measurement], metric: str, subject: str, variant: str, condition: Condition, batch: int
+) -> Measurement | None:
+    for found in reversed(latencies):
+        same = (found.metric, found.subject, found.variant) == (metric, subject, variant)
+        if same and _batch(found) == batch and Condition.of(found) == condition:
+            return found
+    return None
+
+
+def other_table(record: Record) -> Safe | None:
+    """The newest value of every metric that has no place in the other tables."""
+    placed = {*QUALITY, *SIZE, *LATENCY, *DERIVED}
+    newest = {(x.metric, x.subject, x.variant, str(x.how)): x for x in record.measurements if x.metric not in placed}
+    rows = [
+        (x.metric.replace("_", " "), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()
+    ]
+    return table(("metric", "model", "variant", "value"), rows) if rows else None
+
+
+def derived(record: Record) -> list[str]:
+    """Sentences on what follows from the measurements, for each variant of the student."""
+    variants = [variant for subject, variant in pairs(record) if subject == "student"]
+    found = [(key, variant, record.find(key, "student", variant)) for key in DERIVED for variant in variants]
+    return [
+        f"{DERIVED[key].format(value=show(value))}{'' if variant == 'torch' else f' by {variant}'}{_test(value)}."
+        for key, variant, value in found
+        if value is not None
+    ]
+
+
+def _test(found: Measurement) -> str:
+    p = found.how.get("mcnemar_p")
+    return f" (McNemar p = {p:.2g})" if isinstance(p, int | float) else ""
+
+
+def measured_on(record: Record) -> list[Data]:
+    """The data sets of the measurements, each once."""
+    return list({(x.data.name, x.data.fingerprint): x.data for x in record.measurements if x.data is not None}.values())
+
+
+def missing(record: Record) -> list[str]:
+    """What a reader would expect and nobody measured: of the student, and of what it is compared with."""
+    agreement = record.find("label_loyalty") or record.find("probability_loyalty")
+    wanted = {"accuracy": record.find("accuracy"), "F1 (macro)": record.find("f1_macro")}
+    if record.training is None or record.training.teacher is not None:
+        wanted["the teacher's quality on the same data"] = record.find("accuracy", "teacher")
+        wanted["the same start trained without the teacher"] = record.find("accuracy", "alone")
+        wanted["agreement with the teacher"] = agreement
+    wanted["size on disk"] = record.find("bytes")
+    timed = {_batch(x) for x in record.measurements if (x.metric, x.subject) == ("latency_median", "student")}
+    absent = [name for name, found in wanted.items() if found is None]
+    return absent + [f"latency at batch {batch}" for batch in BATCHES if batch not in timed]

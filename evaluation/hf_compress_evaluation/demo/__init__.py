@@ -1,0 +1,1 @@
+"""A real small model and real data that packages ship."""

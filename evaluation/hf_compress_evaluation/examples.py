@@ -1,0 +1,159 @@
+"""Texts and labels from a file of the user's: csv, jsonl or parquet, also gzipped where the format allows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_compress import facts
+from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError, UnknownNameError
+
+FORMATS = {
+    ".csv": "csv",
+    ".csv.gz": "csv",
+    ".jsonl": "json",
+    ".jsonl.gz": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Rows to score a classifier on."""
+
+    texts: tuple[str, ...]
+    labels: NDArray[np.int64] | None
+    """(row,) class ids in [0, num_labels); None: unlabelled."""
+    data: facts.Data
+
+
+def read_rows(path: Path, *, split: str | None = None) -> datasets.Dataset:
+    """The rows of one file, in memory; an empty field of a csv is an empty text, not a missing value.
+
+    Args:
+        path: a file whose name ends like one of `FORMATS`.
+        split: a slice in the notation of `datasets`, e.g. "train[:500]"; a single file is one split, "train".
+
+    Raises:
+        ForeignFileError: if the file does not exist, cannot be read, or holds no row.
+        UnknownNameError: if its name ends in something else.
+    """
+    if not path.is_file():
+        raise ForeignFileError(path, "does not exist.", "Data paths are relative to the task file.")
+    ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    if ending not in FORMATS:
+        raise UnknownNameError("reader for files ending in", ending, FORMATS)
+    builder = FORMATS[ending]
+    settings: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
+    with tempfile.TemporaryDirectory() as cache:  # no copy of the user's rows stays behind
+        try:
+            rows = datasets.load_dataset(
+                builder,
+                data_files=str(path),
+                split=split or "train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **settings,
+            )
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            cause = error.__cause__ or error
+            if "corresponds to no data" in str(cause):
+                raise ForeignFileError(path, "holds no row.", "Check the file.") from error
+            raise ForeignFileError(path, f"cannot be read as {builder} ({cause}).", "Mend the file.") from error
+    if not len(rows):
+        raise ForeignFileError(path, f"holds no row{f' in {split}' if split else ''}.", "Check the file and the split.")
+    return rows
+
+
+def examples(
+    rows: datasets.Dataset,
+    *,
+    name: str,
+    text: str,
+    label: str | None,
+    label2id: dict[str, int],
+    licence: str | None = None,
+    split: str | None = None,
+) -> Examples:
+    """Texts and class ids from the columns of a data set.
+
+    Args:
+        rows: at least one.
+        name: of the data, for the record.
+        text: column of the texts.
+        label: column of the labels: class ids, or names in `label2id`; None: unlabelled.
+        label2id: the model's classes.
+        licence: of the data, for the record.
+        split: for the record.
+
+    Raises:
+        ConfigurationError: if there is no row, or a text is missing (the message names its row).
+        UnknownNameError: for a column or a label's name that does not exist.
+        MismatchError: for a label that is no class id, or is out of range.
+    """
+    if not len(rows):
+        raise ConfigurationError(f"{name}: no rows to evaluate on.")
+    for column in (text, label):
+        if column is not None and column not in rows.column_names:
+            raise _no_column(column, rows.column_names, name)
+    texts = list(rows[text])
+    for row, value in enumerate(texts):
+        if not isinstance(value, str):
+            raise ConfigurationError(
+                f"{name}: {text!r} of row {row} is {value!r}, not a text. Fill it in or drop the row."
+            )
+    ids = None if label is None else label_ids(_names(rows, label), label2id, name=name)
+    data = facts.Data(
+        name=name,
+        rows=len(texts),
+        labelled=0 if ids is None else len(ids),
+        fingerprint=facts.fingerprint(texts if ids is None else zip(texts, ids.tolist(), strict=True)),
+        licence=licence,
+        split=split,
+    )
+    return Examples(texts=tuple(texts), labels=ids, data=data)
+
+
+def label_ids(values: Sequence[Any], label2id: dict[str, int], *, name: str) -> NDArray[np.int64]:
+    """(row,) class ids from class ids (also 1.0 and True) or from names.
+
+    Raises:
+        UnknownNameError, MismatchError: as `examples`.
+    """
+    ids = []
+    for row, value in enumerate(values):
+        if isinstance(value, str):
+            if value not in label2id:
+                raise UnknownNameError(f"label ({name}, row {row})", value, label2id)
+            ids.append(label2id[value])
+        elif isinstance(value, int | float) and float(value).is_integer() and 0 <= value < len(label2id):
+            ids.append(int(value))
+        else:
+            raise MismatchError(
+                f"{name}: the label of row {row} is {value!r}; the model has the classes 0 to {len(label2id) - 1} "
+                f"({', '.join(label2id)}). Map the labels, or evaluate the model that was trained on them."
+            )
+    return np.array(ids, np.int64)
+
+
+def _names(rows: datasets.Dataset, label: str) -> list[Any]:
+    """The labels; those of a ClassLabel column by name, because its order may differ from the model's."""
+    values, feature = list(rows[label]), rows.features[label]
+    if isinstance(feature, datasets.ClassLabel):
+        return [value if value is None or value < 0 else feature.int2str(value) for value in values]
+    return values
+
+
+def _no_column(column: str, columns: Sequence[str], name: str) -> UnknownNameError:
+    error = UnknownNameError(f"column in {name}", column, columns)
+    if error.near:
+        error.args = (f"{error.args[0]} Columns: {', '.join(columns)}.",)
+    return error

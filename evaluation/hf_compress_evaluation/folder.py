@@ -1,0 +1,264 @@
+"""Measures a student's folder beside its teacher and a baseline, and appends what was found to its record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_compress import facts
+from hf_compress.errors import ForeignFileError, MismatchError
+
+from . import latency, quality
+from .examples import Examples
+from .task import Task, load_examples, read_task
+
+logger = logging.getLogger(__name__)
+
+VARIANTS = ("torch", "onnx", "onnx-int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Which calls are timed, and how often."""
+
+    batches: tuple[int, ...] = (1, 32)
+    """Rows of a call; empty: no latency."""
+    length: int = 64
+    """Padded tokens of a row, at most what every model takes. Sentences and short paragraphs."""
+    runs: int = 20
+    warmup: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """One model that is scored and timed."""
+
+    subject: str
+    variant: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    provider: str
+    folder: Path | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.subject} {self.variant}"
+
+
+def evaluate_folder(
+    folder: Path,
+    *,
+    task: Task | Path,
+    teacher: str | Path | None = None,
+    alone: str | Path | None = None,
+    others: Mapping[str, str | Path] | None = None,
+    variants: Sequence[str] = VARIANTS,
+    threads: int = 1,
+    timing: Timing | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[facts.Measurement, ...]:
+    """Measures quality, agreement, size and latency of a student's folder and appends them to its record.
+
+    Args:
+        folder: the student: torch files at its top, exported variants in subfolders.
+        task: a task, or its file.
+        teacher: folder or hub id; measured too, and what agreement and retention refer to.
+        alone: folder or hub id of the student's start trained without a teacher; what `gap_closed` refers to.
+        others: further subjects by name, e.g. {"student-labelled": folder}.
+        variants: of the student; one that the folder does not hold is skipped with a log line. Exported variants of
+            the other subjects are measured where their folders hold them.
+        threads: inside an operator, of torch and ONNX Runtime alike.
+        timing: what is timed; None: `Timing()`.
+        device: "cpu" or "cuda"; exported variants open on the same.
+        seed: of resampled intervals and timed inputs.
+        progress: show bars.
+
+    Returns:
+        what was appended, in order.
+
+    Raises:
+        ForeignFileError: if none of the variants is there, or a file is malformed.
+        MismatchError: if teacher, baseline and student do not have the same classes in the same order, or are no
+            single-label classifiers, or weights are missing.
+    """
+    folder = Path(folder)
+    task = task if isinstance(task, Task) else read_task(task)
+    with latency.torch_threads(threads):
+        beside = {"teacher": teacher, "alone": alone, **(others or {})}
+        candidates = [
+            candidate
+            for subject, source in beside.items()
+            if source is not None
+            for candidate in _beside(subject, source, variants, device, threads)
+        ]
+        candidates += _variants("student", folder, variants, device, threads)
+        _check_classes(candidates)
+        rows = load_examples(task, candidates[-1].model.config.label2id)
+        found = [*_scores(candidates, rows, task, seed, progress), *_sizes(candidates)]
+        found += _latencies(candidates, timing or Timing(), threads, seed, progress)
+    facts.append(folder, *found)
+    return tuple(found)
+
+
+def _torch(subject: str, source: str | Path, device: str) -> _Candidate:
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise MismatchError(
+            f"{subject}: the weights lack {', '.join(sorted(loading['missing_keys'])[:3])}, which would be random. "
+            "Evaluate a trained classifier."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    folder = Path(source) if Path(source).is_dir() else None
+    model = model.eval().to(device)
+    return _Candidate(
+        subject=subject, variant="torch", model=model, tokenizer=tokenizer, provider=f"torch-{device}", folder=folder
+    )
+
+
+def _beside(subject: str, source: str | Path, variants: Sequence[str], device: str, threads: int) -> list[_Candidate]:
+    """Another subject: what its folder holds of the variants, or the torch model of a hub id."""
+    if not Path(source).is_dir():
+        return [_torch(subject, source, device)]
+    return _variants(subject, Path(source), variants, device, threads)
+
+
+def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, threads: int) -> list[_Candidate]:
+    found = []
+    for variant in variants:
+        marker = folder / "config.json" if variant == "torch" else folder / variant / "model.onnx"
+        if not marker.is_file():
+            logger.info("%s holds no %s variant (%s): skipped.", folder.name, variant, marker.relative_to(folder))
+        elif variant == "torch":
+            found.append(_torch(subject, folder, device))
+        else:
+            from hf_compress.onnx import load_onnx
+
+            model = load_onnx(folder / variant, provider=device, threads=threads)
+            if model.config is None:
+                raise ForeignFileError(folder / variant, "holds no config.json.", "Export the student again.")
+            tokenizer = AutoTokenizer.from_pretrained(folder / variant, trust_remote_code=False)
+            found.append(
+                _Candidate(
+                    subject=subject,
+                    variant=variant,
+                    model=model,
+                    tokenizer=tokenizer,
+                    provider=model.provider,
+                    folder=folder,
+                )
+            )
+    if not found:
+        raise ForeignFileError(folder, f"holds none of {', '.join(variants)}.", "Save or export the model first.")
+    return found
+
+
+def _check_classes(candidates: Sequence[_Candidate]) -> None:
+    config = candidates[-1].model.config
+    student = config.id2label
+    if len(student) < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        raise MismatchError(
+            f"the student has {len(student)} classes and problem_type {config.problem_type!r}: accuracy and loyalty "
+            "need one class of at least two a row. Score regression and multi-label models with metrics of your own."
+        )
+    for candidate in candidates[:-1]:
+        if (other := candidate.model.config.id2label) != student:
+            raise MismatchError(
+                f"{candidate.name} has the classes {other}, the student {student}. Agreement needs the same classes in "
+                "the same order: set id2label and label2id of both configs alike."
+            )
+
+
+def _scores(
+    candidates: Sequence[_Candidate], rows: Examples, task: Task, seed: int, progress: bool
+) -> list[facts.Measurement]:
+    logits = {}
+    for one in candidates:
+        logits[one.name] = quality.predict(
+            one.model,
+            one.tokenizer,
+            rows.texts,
+            batch_size=task.batch_size,
+            max_length=task.max_length,
+            progress=progress,
+        )
+    teacher, alone = logits.get("teacher torch"), logits.get("alone torch")
+    found: list[facts.Measurement] = []
+    for one in candidates:
+        own = logits[one.name]
+        target = None if one.subject == "teacher" else teacher
+        found += quality.measure_classification(
+            one.subject, one.variant, own, rows.labels, rows.data, target, seed=seed, metrics=task.metrics
+        )
+        if one.subject not in ("teacher", "alone") and rows.labels is not None:
+            found += quality.measure_derived(
+                one.subject,
+                one.variant,
+                own,
+                rows.labels,
+                rows.data,
+                teacher_logits=teacher,
+                alone_logits=alone,
+                seed=seed,
+            )
+    return found
+
+
+def _sizes(candidates: Sequence[_Candidate]) -> list[facts.Measurement]:
+    found: list[facts.Measurement] = []
+    for one in candidates:
+        if one.folder is not None:
+            found += quality.measure_size(one.subject, one.variant, one.folder)
+        else:  # a hub id: its files lie in a cache that is not ours to count
+            count = one.model.num_parameters()
+            found.append(
+                facts.Measurement(
+                    subject=one.subject, variant=one.variant, metric="parameters", value=count, unit="count"
+                )
+            )
+    return found
+
+
+def _latencies(
+    candidates: Sequence[_Candidate], timing: Timing, threads: int, seed: int, progress: bool
+) -> Iterable[facts.Measurement]:
+    length = min([timing.length, *(quality.longest(one.model, one.tokenizer) for one in candidates)])
+    for batch in timing.batches:
+        calls = {one.name: _call(one, batch, length, seed) for one in candidates}
+        taken = latency.measure_all(
+            calls,
+            batch=batch,
+            length=length,
+            runs=timing.runs,
+            warmup=timing.warmup,
+            threads=threads,
+            progress=progress,
+        )
+        for one in candidates:
+            yield from taken[one.name].measurements(one.subject, one.variant, provider=one.provider)
+
+
+def _call(one: _Candidate, batch: int, length: int, seed: int) -> latency.Call:
+    """A forward pass on random ids without padding, made beforehand on the model's device."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, one.model.config.vocab_size, (batch, length), generator=generator)
+    every = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
+    inputs = {
+        name: value.to(one.model.device)
+        for name, value in every.items()
+        if name in one.tokenizer.model_input_names and quality.takes(one.model, name)
+    }
+    return lambda: one.model(**inputs)

@@ -1,0 +1,309 @@
+"""Predictions of a model, and what they and its folder are worth, as facts.
+
+| metric | unit | needs |
+|---|---|---|
+| `accuracy`, `f1_macro` | fraction | labels |
+| `label_loyalty`, `probability_loyalty` | fraction | the teacher's logits |
+| `retention`, `gap_closed` | ratio | the teacher's logits (and the baseline's) and labels; of the accuracy |
+| `gain` | fraction | the baseline's logits and labels; of the accuracy |
+| `bytes`, `parameters` | bytes, count | a folder |
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError, NumericalError, UnknownNameError
+from hf_compress.facts import FILE, Data, Measurement, Setting
+
+from . import agreement, intervals
+
+logger = logging.getLogger(__name__)
+
+Logits = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+QUALITY = ("accuracy", "f1_macro")
+LENGTH = 512
+"""Tokens kept of a row where neither the tokenizer nor the config sets a limit."""
+_NOT_THE_MODEL = {FILE, "README.md", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt"}
+
+
+class Classifier(Protocol):
+    """A torch classifier or an exported one."""
+
+    @property
+    def config(self) -> PretrainedConfig | None:
+        """With `num_labels` and `id2label`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are brought."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """From `input_ids`, `attention_mask` and the like, (batch, time), to an object with `logits`."""
+
+
+def longest(model: Classifier, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest row that both take; `LENGTH` where neither says."""
+    limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    return int(min(tokenizer.model_max_length, limit))
+
+
+def predict(
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Logits:
+    """Logits of each text, in the order of the texts.
+
+    Rows of like length share a batch, so little is padded. The model computes in eval mode without gradients; the
+    mode of each of its modules returns afterwards.
+
+    Args:
+        model: a classifier of (batch, class) logits.
+        tokenizer: the model's own.
+        texts: at least one.
+        batch_size: rows of one forward.
+        max_length: tokens kept of each row; None: `longest(model, tokenizer)`.
+        progress: show a bar.
+
+    Returns:
+        (row, class) float32.
+
+    Raises:
+        ConfigurationError: if there is no text, or one is no string (the message names its row).
+        NumericalError: if a logit is NaN or infinite (likewise).
+        MismatchError: if the logits are not (batch, class).
+    """
+    if not len(texts):
+        raise ConfigurationError("predict: no texts. Check the data set and its row limit.")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ConfigurationError(f"predict: row {row} is {text!r}, not a text. Fill it in or drop the row.")
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length or longest(model, tokenizer))
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # longest first: memory peaks at once
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    names = [name for name in tokenizer.model_input_names if name in encoded and takes(model, name)]
+
+    parts: list[Tensor] = []
+    with evaluating(model), torch.inference_mode():
+        for rows in track(batches, description="predict", disable=not progress, transient=True):
+            padded = tokenizer.pad({name: [encoded[name][row] for row in rows] for name in names}, return_tensors="pt")
+            output = model(**{name: padded[name].to(model.device) for name in names})
+            parts.append(output.logits.float().cpu())
+    stacked = torch.cat(parts).numpy()
+    if stacked.ndim != 2:
+        raise MismatchError(f"predict: logits of shape {stacked.shape}, expected (row, class). Use a classifier.")
+    logits = np.empty_like(stacked)
+    logits[order] = stacked
+    if not np.isfinite(logits).all():
+        row = int((~np.isfinite(logits)).any(-1).argmax())
+        raise NumericalError(f"predict: the logits of row {row} are {logits[row][:8]}. Look for NaN weights.")
+    return logits
+
+
+def takes(model: Classifier, name: str) -> bool:
+    """Whether the model reads that input: a tokenizer may make more (token_type_ids for DistilBERT)."""
+    if (session := getattr(model, "session", None)) is not None:
+        return name in {spec.name for spec in session.get_inputs()}
+    forward: Callable[..., Any] = getattr(model, "forward", model)
+    parameters = inspect.signature(forward).parameters
+    if isinstance(model, nn.Module):  # its **kwargs, if any, are for inner layers
+        return name in parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Eval mode inside; the mode of each module on its own returns, also after an error."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def measure_classification(
+    subject: str,
+    variant: str,
+    logits: Logits,
+    labels: Labels | None,
+    data: Data,
+    teacher_logits: Logits | None = None,
+    *,
+    seed: int = 0,
+    metrics: Sequence[str] = QUALITY,
+) -> tuple[Measurement, ...]:
+    """Quality and agreement with the teacher, each with its 95 % interval.
+
+    Args:
+        subject: whose logits they are.
+        variant: torch, onnx, ...
+        logits: (row, class).
+        labels: (row,) class ids; None: agreement only.
+        data: the rows' name and fingerprint.
+        teacher_logits: (row, class); None: quality only.
+        seed: of the resampling.
+        metrics: which of `QUALITY`.
+
+    Returns:
+        in the order of the table above.
+
+    Raises:
+        UnknownNameError: for a metric that is not in `QUALITY`.
+        MismatchError: if labels and logits do not fit together.
+    """
+    fact = partial(_fact, subject, variant, data, seed)
+    found: list[Measurement | None] = []
+    if labels is not None:
+        correct = right(logits, labels)
+        for name in metrics:
+            if name not in QUALITY:
+                raise UnknownNameError("metric", name, QUALITY)
+            if name == "accuracy":
+                found.append(fact(name, intervals.mean(correct, seed=seed), "fraction"))
+            else:
+                found.append(fact(name, intervals.macro_f1(logits.argmax(-1), labels, seed=seed), "fraction"))
+    if teacher_logits is not None:
+        same = intervals.mean(agreement.label_loyalty_rows(logits, teacher_logits), seed=seed)
+        near = intervals.mean(agreement.probability_loyalty_rows(logits, teacher_logits), seed=seed)
+        found.append(fact("label_loyalty", same, "fraction"))
+        found.append(fact("probability_loyalty", near, "fraction", logarithm="natural"))
+    return tuple(one for one in found if one)
+
+
+def measure_derived(
+    subject: str,
+    variant: str,
+    logits: Logits,
+    labels: Labels,
+    data: Data,
+    *,
+    teacher_logits: Logits | None = None,
+    alone_logits: Logits | None = None,
+    seed: int = 0,
+) -> tuple[Measurement, ...]:
+    """Accuracy beside the teacher's and the baseline's on the same rows: `retention`, `gap_closed`, `gain`.
+
+    Arguments as `measure_classification`; `alone_logits` (row, class) are of the baseline: the student's start,
+    trained on the labels without a teacher. What has no value (the teacher does not lead) is left out and logged.
+    """
+    student = right(logits, labels)
+    teacher = None if teacher_logits is None else right(teacher_logits, labels)
+    alone = None if alone_logits is None else right(alone_logits, labels)
+    fact = partial(_fact, subject, variant, data, seed)
+    found: list[Measurement | None] = []
+    if teacher is not None:
+        kept = intervals.retention(student, teacher, seed=seed)
+        found.append(fact("retention", kept, "ratio", metric="accuracy"))
+    if teacher is not None and alone is not None:
+        closed = intervals.gap_closed(student, teacher, alone, seed=seed)
+        found.append(fact("gap_closed", closed, "ratio", metric="accuracy"))
+    if alone is not None:
+        won = intervals.gain(student, alone, seed=seed)
+        found.append(fact("gain", won, "fraction", metric="accuracy", mcnemar_p=intervals.mcnemar(student, alone)))
+    return tuple(one for one in found if one)
+
+
+def measure_size(subject: str, variant: str, folder: Path) -> tuple[Measurement, ...]:
+    """Size on disk of a variant, and for torch the number of parameters.
+
+    Args:
+        subject: whose folder it is.
+        variant: "torch": the model, config and tokenizer files at the top of the folder, not the record, the card or
+            the Trainer's state; otherwise every file of the subfolder of that name.
+        folder: the model's folder.
+
+    Returns:
+        `bytes`, and `parameters` where there are safetensors files: the numbers in them, tied ones once, buffers
+        that the model saves included.
+
+    Raises:
+        ForeignFileError: if there is no file to count.
+    """
+    place = folder if variant == "torch" else folder / variant
+    found = [path for path in (place.iterdir() if variant == "torch" else place.rglob("*")) if path.is_file()]
+    if variant == "torch":
+        found = [path for path in found if path.name not in _NOT_THE_MODEL and not path.name.startswith((".", "rng_"))]
+    if not found:
+        raise ForeignFileError(place, "holds no file of the model.", "Save or export it first.")
+    total = sum(path.stat().st_size for path in found)
+    facts = [Measurement(subject=subject, variant=variant, metric="bytes", value=total, unit="bytes")]
+    weights = [path for path in found if path.suffix == ".safetensors"]
+    if weights:
+        count = sum(map(_numbers, weights))
+        facts.append(Measurement(subject=subject, variant=variant, metric="parameters", value=count, unit="count"))
+    return tuple(facts)
+
+
+def right(logits: Logits, labels: Labels) -> NDArray[np.float64]:
+    """(row,) 1.0 where the highest logit of (row, class) is the label's, else 0.0."""
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise MismatchError(
+            f"quality: logits {logits.shape} and labels {labels.shape} must be (row, class) and (row,). "
+            "Score the rows that the labels belong to."
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        raise MismatchError(
+            f"quality: labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes. "
+            "Map them to class ids."
+        )
+    return np.asarray(logits.argmax(-1) == labels, np.float64)
+
+
+def _numbers(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+
+
+def _fact(
+    subject: str,
+    variant: str,
+    data: Data,
+    seed: int,
+    name: str,
+    estimate: intervals.Estimate,
+    unit: str,
+    **how: Setting,
+) -> Measurement | None:
+    """The estimate as a fact; None, with a log line, if it has no value."""
+    if estimate.value is None:
+        logger.info("%s of %s (%s) is not recorded: %s.", name, subject, variant, estimate.note)
+        return None
+    if estimate.note:
+        how["interval"] = estimate.note
+    return Measurement(
+        subject=subject,
+        variant=variant,
+        metric=name,
+        value=estimate.value,
+        unit=unit,
+        interval=estimate.interval,
+        data=data,
+        seed=seed,
+        how=how,
+    )

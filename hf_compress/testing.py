@@ -1,0 +1,485 @@
+"""The conformance suite: what every method with an objective must hold, for our own and for third parties' methods.
+
+```python
+import pytest
+from hf_compress import testing
+
+@pytest.mark.parametrize("case", testing.cases("my_method"), ids=str)
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
+def test_conformance(check, case, tmp_path):
+    check(case, tmp_path)
+```
+
+Each check trains invented models of some thousand parameters on the CPU and raises `AssertionError` with what it found.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from . import distiller as d
+from . import objective as o
+from . import registry
+from .callback import DistillCallback
+from .errors import NumericalError
+from .objective import Inputs, Objective, Signals
+from .taps import Taps, watching
+
+VOCAB, CLASSES, PAD = 60, 5, 0
+LENGTHS = (3, 12, 5, 9)
+"""Real tokens of the four rows of a batch: unequal, so that a mean of means shows."""
+TASKS = ("text-classification", "token-classification", "fill-mask", "text-generation", "feature-extraction")
+"""Tasks that the suite has models for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a task."""
+
+    method: str
+    task: str
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.task}"
+
+    def objective(self) -> Objective:
+        """A fresh objective with the method's defaults."""
+        made = registry.get(self.method).load().objective
+        assert made is not None  # `cases` lists methods with an objective only
+        return made()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the rows of this task carry labels."""
+        return self.task != "feature-extraction"
+
+
+def cases(*methods: str) -> list[Case]:
+    """Every (method, task) that the suite can run, of the named methods or of all with an objective."""
+    entries = registry.catalogue().methods
+    chosen = methods or tuple(name for name, entry in entries.items() if "objective" in entry.parts)
+    return [Case(name, task) for name in chosen for task in entries[name].tasks if task in TASKS]
+
+
+@cache
+def _models(task: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    return _model(task, width=48, layers=2, seed=0), _model(task, width=96, layers=3, seed=1)
+
+
+def models(task: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A student of width 48 with two layers and a teacher of width 96 with three, without dropout."""
+    student, teacher = _models(task)
+    return copy.deepcopy(student).to(dtype), copy.deepcopy(teacher).to(dtype)
+
+
+def _model(task: str, *, width: int, layers: int, seed: int) -> PreTrainedModel:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": width,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": PAD,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if task == "text-generation":
+            return LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=0.0))
+        quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        made: type[PreTrainedModel] = {
+            "text-classification": BertForSequenceClassification,
+            "token-classification": BertForTokenClassification,
+            "fill-mask": BertForMaskedLM,
+            "feature-extraction": BertModel,
+        }[task]
+        config = BertConfig(**sizes, **quiet, num_labels=CLASSES)
+        return made(config)
+
+
+def rows(task: str, count: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+    """Invented rows of `LENGTHS` tokens, with labels where the task has some."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for place in range(count):
+        length = LENGTHS[place % len(LENGTHS)]
+        ids = torch.randint(1, VOCAB, (length,), generator=draw).tolist()
+        row: dict[str, Any] = {"input_ids": ids}
+        if task == "text-classification":
+            row["labels"] = place % CLASSES
+        elif task == "token-classification":
+            row["labels"] = [token % CLASSES for token in ids]
+        elif task in ("fill-mask", "text-generation"):
+            row["labels"] = ids
+        found.append(row)
+    return found
+
+
+def collate(batch: list[dict[str, Any]], length: int | None = None) -> Inputs:
+    """Pads on the right to the longest row, or to `length`; labels with -100."""
+    length = length or max(len(row["input_ids"]) for row in batch)
+
+    def padded(name: str, fill: int) -> Tensor:
+        return torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in batch])
+
+    inputs = {"input_ids": padded("input_ids", PAD)}
+    inputs["attention_mask"] = torch.tensor([[int(i < len(row["input_ids"])) for i in range(length)] for row in batch])
+    if "labels" in batch[0]:
+        listed = isinstance(batch[0]["labels"], list)
+        inputs["labels"] = padded("labels", o.IGNORED) if listed else torch.tensor([row["labels"] for row in batch])
+    return inputs
+
+
+class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for mypy
+    """Keeps each step's gradients; stops the run after a step where asked."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.stop_after = stop_after
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.gradients.append({n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.stop_after:
+            control.should_training_stop = True
+
+
+def trainer(
+    case: Case,
+    folder: Path,
+    *,
+    objective: Objective | None = None,
+    dtype: torch.dtype = torch.float32,
+    data: list[dict[str, Any]] | None = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **settings: Any,
+) -> tuple[Trainer, PreTrainedModel]:
+    """A Trainer with the method attached, and its teacher."""
+    student, teacher = models(case.task, dtype)
+    if case.task == "text-classification" and (data is None or "labels" not in data[0]):
+        settings.setdefault("remove_unused_columns", True)
+    defaults: dict[str, Any] = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+    }
+    callback = DistillCallback(teacher, case.objective() if objective is None else objective)
+    made = Trainer(
+        model=student,
+        args=TrainingArguments(str(folder), **(defaults | settings)),
+        train_dataset=Dataset.from_list(rows(case.task) if data is None else data),
+        data_collator=collate,
+        callbacks=[callback, *callbacks],
+    )
+    return made, teacher
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over all tensors of a model's state, in order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None = None) -> Signals:
+    """What both models give for the four rows, the student's taps as leaves with gradient."""
+    student, teacher = models(case.task, dtype)
+    kind = o.kind_of(student)
+    needs = case.objective().needs(o.sizes(student), o.sizes(teacher))
+    inputs = collate(rows(case.task), length)
+    seen: list[dict[str, Tensor]] = []
+    for model, names in ((student, needs.student), (teacher, needs.teacher or frozenset())):
+        taps = Taps(model, names, o.sizes(model).layers)
+        with torch.no_grad(), watching(taps):
+            output = model.eval()(**inputs, output_hidden_states=True)
+        seen.append(taps.read(output))
+        taps.remove()
+    return Signals(
+        student={name: tensor.clone().requires_grad_() for name, tensor in seen[0].items()},
+        teacher=seen[1],
+        inputs=inputs,
+        positions=o.positions(kind, inputs),
+        tokens=o.tokens(inputs),
+        examples=len(inputs["input_ids"]),
+    )
+
+
+def value(case: Case, given: Signals) -> tuple[Tensor, dict[str, Tensor]]:
+    """The method's weighed terms on given signals, and their gradients by tap of the student."""
+    student, teacher = models(case.task)
+    objective = case.objective()
+    needs = objective.needs(o.sizes(student), o.sizes(teacher))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        objective.build({k: v.shape for k, v in given.student.items()}, {k: v.shape for k, v in given.teacher.items()})
+    local = d.count(o.kind_of(student), [given.inputs], [objective])
+    step = _step(student, teacher)
+    found = d.terms(d.Distiller([objective]), [needs], given, step, local, local)
+    total = torch.stack([term.weight * term.value for term in found]).sum()
+    gradients = torch.autograd.grad(total, list(given.student.values()), allow_unused=True)
+    pairs = zip(given.student, gradients, strict=True)
+    return total.detach(), {name: torch.zeros(()) if g is None else g for name, g in pairs}
+
+
+def _step(student: nn.Module, teacher: nn.Module) -> o.Step:
+    cpu = torch.device("cpu")
+
+    def run(model: nn.Module) -> Callable[..., Any]:
+        def forward(*, grad: bool = False, **inputs: Any) -> Any:
+            with torch.set_grad_enabled(grad):
+                return model(**inputs)
+
+        return forward
+
+    return o.Step(
+        global_step=0,
+        max_steps=10,
+        epoch=0.0,
+        micro=0,
+        micros=1,
+        generator=d.generator(cpu, 0),
+        shared=d.generator(cpu, 1),
+        student=student,
+        run_student=run(student),
+        run_teacher=run(teacher),
+    )
+
+
+def check_a_step_changes_the_student_alone(case: Case, folder: Path) -> None:
+    """Three steps move the student by finite gradients, the teacher not at all, and leave nothing of ours behind."""
+    keeper = _Keeper()
+    made, teacher = trainer(case, folder, callbacks=(keeper,), max_steps=3)
+    student, before = made.model, weights_hash(teacher)
+    keys, start = set(models(case.task)[0].state_dict()), weights_hash(models(case.task)[0])
+    made.train()
+    assert weights_hash(teacher) == before, "the teacher's weights changed"
+    assert all(module.training for module in teacher.modules()), "the teacher's mode was not restored"
+    assert all(parameter.requires_grad for parameter in teacher.parameters()), "the teacher stays frozen"
+    assert all(parameter.grad is None for parameter in teacher.parameters()), "the teacher got gradients"
+    assert weights_hash(student) != start, "the student did not change"
+    assert set(student.state_dict()) == keys, f"left on the student: {set(student.state_dict()) - keys}"
+    assert not student._forward_hooks, "a forward hook is left on the student"
+    assert not student._forward_pre_hooks, "a forward pre-hook is left on the student"
+    for name, gradient in keeper.gradients[0].items():
+        assert gradient.isfinite().all(), f"{name}: the gradient is not finite"
+        assert not name.startswith(d.PREFIX) or gradient.abs().max() > 0, f"{name}: a learned part gets no gradient"
+
+
+def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None:
+    """Rows of 3, 12, 5 and 9 tokens: one batch of four, four of one, and three and one give one gradient (float64)."""
+    found = []
+    for size, steps in ((4, 1), (1, 4), (3, 2)):
+        keeper = _Keeper()
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        made, _ = trainer(case, folder, dtype=torch.float64, callbacks=(keeper,), **settings)
+        if case.objective().needs(*(o.sizes(model) for model in models(case.task))).mean_over == "batch":
+            return  # relates the examples of a batch: accumulation changes its meaning, as its page says
+        made.train()
+        found.append(keeper.gradients[0])
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, gradient in other.items():
+            torch.testing.assert_close(
+                gradient, found[0][name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def check_nan_outside_what_is_scored_changes_nothing(case: Case, folder: Path) -> None:
+    """NaN in logits that are not scored and in states of padding: same value, same gradients, none of them NaN."""
+    clean = signals(case)
+    total, gradients = value(case, clean)
+    spoilt = dataclasses.replace(
+        clean,
+        student={name: _spoil(clean, name, tensor).requires_grad_() for name, tensor in clean.student.items()},
+        teacher={name: _spoil(clean, name, tensor) for name, tensor in clean.teacher.items()},
+    )
+    again, after = value(case, spoilt)
+    torch.testing.assert_close(again, total)
+    for name, gradient in after.items():
+        torch.testing.assert_close(gradient, gradients[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _spoil(given: Signals, name: str, tensor: Tensor) -> Tensor:
+    """The tensor with NaN wherever it is not scored (logits) or padding (states; queries, keys and values)."""
+    spoilt = tensor.detach().clone()
+    if name == "logits":
+        flat = spoilt.flatten(0, -2)
+        keep = torch.zeros(len(flat), dtype=torch.bool)
+        keep[given.positions.index] = True
+        flat[~keep] = math.nan
+        return flat.view_as(spoilt)
+    if name[0] in "qkv" and spoilt.dim() == 4:
+        return spoilt.masked_fill(~given.tokens[:, None, :, None], math.nan)
+    return spoilt.masked_fill(~given.tokens[..., None], math.nan)
+
+
+def check_padding_changes_nothing(case: Case, folder: Path) -> None:
+    """The same rows padded to 12 and to 32 have one value."""
+    short, _ = value(case, signals(case, torch.float64))
+    long, _ = value(case, signals(case, torch.float64, length=32))
+    torch.testing.assert_close(long, short, rtol=1e-6, atol=1e-9)
+
+
+def check_extreme_half_precision_stays_finite(case: Case, folder: Path) -> None:
+    """Logits and states of ±300 in float16 and bfloat16 give a finite value and finite gradients."""
+    plain = signals(case)
+    for dtype in (torch.float16, torch.bfloat16):
+        harsh = dataclasses.replace(
+            plain,
+            student={
+                name: (300 * tensor.detach().sign()).to(dtype).requires_grad_()
+                for name, tensor in plain.student.items()
+            },
+            teacher={name: (-300 * tensor.sign()).to(dtype) for name, tensor in plain.teacher.items()},
+        )
+        total, gradients = value(case, harsh)
+        assert total.isfinite(), f"{dtype}: the value is {total}"
+        assert all(gradient.isfinite().all() for gradient in gradients.values()), f"{dtype}: a gradient is not finite"
+
+
+def check_a_batch_with_nothing_to_score(case: Case, folder: Path) -> None:
+    """Every label -100 beside a batch that has some: the run goes on with finite weights."""
+    if not case.labelled or case.task == "text-classification":
+        return  # unlabelled rows of a classifier are scored: that is what they are for
+    data = rows(case.task)
+    for row in data[:2]:
+        row["labels"] = [o.IGNORED] * len(row["input_ids"])
+    made, _ = trainer(case, folder, data=data, per_device_train_batch_size=2, max_steps=2)
+    made.train()
+    assert all(parameter.isfinite().all() for parameter in made.model.parameters()), "a weight is not finite"
+
+
+def check_resumed_equals_uninterrupted(case: Case, folder: Path) -> None:
+    """Six steps in one go, and three, a new Trainer and three more: bit-identical losses and weights."""
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "train_sampling_strategy": "random",
+    }
+    whole, _ = trainer(case, folder / "whole", **settings)
+    whole.train()
+    first, _ = trainer(case, folder / "parts", callbacks=(_Keeper(stop_after=3),), **settings)
+    first.train()
+    second, _ = trainer(case, folder / "parts", **settings)
+    second.train(resume_from_checkpoint=True)
+    losses = [{e["step"]: e["loss"] for e in t.state.log_history if "loss" in e} for t in (whole, second)]
+    assert losses[0] == losses[1], f"losses differ: {losses}"
+    assert weights_hash(whole.model) == weights_hash(second.model), "the weights differ"
+
+
+def check_config_survives_json(case: Case, folder: Path) -> None:
+    """The record's settings rebuild the config."""
+    objective = case.objective()
+    text = json.dumps(dataclasses.asdict(objective.config))
+    loaded = {key: tuple(item) if isinstance(item, list) else item for key, item in json.loads(text).items()}
+    assert type(objective.config)(**loaded) == objective.config, f"{text} does not rebuild the config"
+
+
+def check_a_nan_stops_the_run(case: Case, folder: Path) -> None:
+    """NaN in the teacher's weights: an error with step and method before any weight of the student changes."""
+    made, teacher = trainer(case, folder)
+    for parameter in teacher.parameters():
+        parameter.data.fill_(math.nan)
+    start = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
+    message = ""
+    try:
+        made.train()
+    except NumericalError as error:
+        message = str(error)
+    assert case.method in message, f"training went on with NaN, or the error does not name the method: {message!r}"
+    assert "step 0" in message, f"the error does not name the step: {message!r}"
+    for name, parameter in made.model.named_parameters():
+        assert torch.equal(parameter, start[name]), f"{name} changed before the error"
+
+
+def check_every_function_is_reached(case: Case, folder: Path) -> None:
+    """Each public function of the method's module, replaced by one that raises, makes the Trainer raise."""
+    module = importlib.import_module(registry.get(case.method).module)
+    public = [
+        name
+        for name, member in vars(module).items()
+        if inspect.isfunction(member) and member.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    assert public, f"{module.__name__} has no pure function"
+    for name in public:
+        with mock.patch.object(module, name, side_effect=_ReachedError(name)):
+            try:
+                trainer(case, folder)[0].train()
+            except _ReachedError:
+                continue
+        raise AssertionError(f"{module.__name__}.{name} is not reached by a step of the Trainer")
+
+
+class _ReachedError(Exception):
+    pass
+
+
+def check_the_saved_student_loads(case: Case, folder: Path) -> None:
+    """`save_model` after training writes a plain checkpoint: same class, same keys, same output, and its record."""
+    made, _ = trainer(case, folder)
+    made.train()
+    made.save_model(str(folder / "student"))
+    loaded, report = type(made.model).from_pretrained(folder / "student", output_loading_info=True)
+    assert not report["missing_keys"], f"missing {report['missing_keys']}"
+    assert not report["unexpected_keys"], f"unexpected {report['unexpected_keys']}"
+    assert weights_hash(loaded) == weights_hash(made.model), "the loaded weights differ"
+    record: Mapping[str, Any] = loaded.config.compression
+    assert record["methods"][0]["name"] == case.method, f"the record names {record['methods']}"
+
+
+CHECKS: tuple[Callable[[Case, Path], None], ...] = (
+    check_a_step_changes_the_student_alone,
+    check_accumulation_gives_the_same_gradient,
+    check_nan_outside_what_is_scored_changes_nothing,
+    check_padding_changes_nothing,
+    check_extreme_half_precision_stays_finite,
+    check_a_batch_with_nothing_to_score,
+    check_resumed_equals_uninterrupted,
+    check_config_survives_json,
+    check_a_nan_stops_the_run,
+    check_every_function_is_reached,
+    check_the_saved_student_loads,
+)
+
+__all__ = ["CHECKS", "Case", "cases", "models", "rows", "trainer", "weights_hash"]

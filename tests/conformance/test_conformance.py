@@ -1,0 +1,16 @@
+"""Every method of the registry under the suite that third parties import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hf_compress import testing
+
+
+@pytest.mark.parametrize("case", testing.cases(), ids=str)
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_conformance(check: Callable[[testing.Case, Path], None], case: testing.Case, tmp_path: Path) -> None:
+    check(case, tmp_path)

@@ -1,0 +1,71 @@
+"""Authors' values and gradients, with a switch that `ci/oracles` uses to prove that each is really compared."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "oracles"
+
+PERTURBED: list[tuple[str, str]] = []
+"""(file, tensor) that `load` returns changed: by 1 % of its largest magnitude, integers by 1."""
+
+INPUTS = {
+    "taid": ("student_logits", "teacher_logits", "mask", "b1/mask", "update_only/loss_in"),
+    "taid_repo_divergences": ("student_logits", "teacher_logits", "mask", "inf/*_logits"),
+    "gkd_jsd": ("*_logits", "labels", "onpolicy/prompts", "onpolicy/prompt_attention_mask", "onpolicy/generated"),
+    "minilm": ("attention_mask", "student_?", "teacher_?", "bert.input_ids", "bert.student.*", "bert.teacher.*"),
+    "loyalty": ("student_probs", "teacher_probs"),
+}
+"""Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""
+
+UNTESTED = {
+    ("gkd_jsd", "onpolicy/*"): "labels of generated batches: on-policy batches are not built yet",
+}
+"""Outputs that no test compares, with the reason."""
+
+
+def load(name: str) -> dict[str, Tensor]:
+    """All tensors of an oracle file."""
+    tensors = load_file(FOLDER / f"{name}.safetensors")
+    for file, tensor in PERTURBED:
+        if file == name:
+            tensors[tensor] = perturb(tensors[tensor])
+    return tensors
+
+
+def perturb(tensor: Tensor) -> Tensor:
+    """Changed as `PERTURBED` says; NaN stays NaN, a tensor of zeros, up to rounding, becomes 0.01."""
+    if not tensor.is_floating_point():
+        return tensor + 1
+    finite = tensor[tensor.isfinite()]
+    size = finite.abs().max() if len(finite) else torch.ones(())
+    return tensor + 0.01 * (size if size > 1e-6 else 1.0)
+
+
+def metadata(name: str) -> dict[str, Any]:
+    """The file's metadata; values that are JSON are parsed."""
+    with safe_open(FOLDER / f"{name}.safetensors", framework="pt") as file:
+        raw = file.metadata() or {}
+    return {key: json.loads(value) if value.startswith(("{", "[")) else value for key, value in raw.items()}
+
+
+def outputs(name: str) -> list[str]:
+    """Names of the tensors that a test must compare."""
+    with safe_open(FOLDER / f"{name}.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    return sorted(t for t in names if not any(fnmatch.fnmatchcase(t, pattern) for pattern in INPUTS[name]))
+
+
+def reason(name: str, tensor: str) -> str | None:
+    """Why that output is not compared, or None."""
+    return next(
+        (why for (file, pattern), why in UNTESTED.items() if file == name and fnmatch.fnmatch(tensor, pattern)), None
+    )
