@@ -85,7 +85,7 @@ def without_states(output: Any) -> Any:
 def with_loss(output: Any, loss: Tensor) -> Any:
     """The output with another loss, in the form and order that it had."""
     if isinstance(output, Mapping):
-        changed = copy.copy(output)  # the class may have no field for a loss: a body without a head
+        changed: Any = copy.copy(output)  # the class may have no field for a loss: a body without a head
         changed["loss"] = loss
         if isinstance(changed, OrderedDict):
             changed.move_to_end("loss", last=False)

@@ -309,7 +309,7 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
     found = []
     for size, steps in ((4, 1), (1, 4), (3, 2)):
         keeper = _Keeper()
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        settings: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         made, _ = trainer(case, folder, dtype=torch.float64, callbacks=(keeper,), **settings)
         if case.objective().needs(*(o.sizes(model) for model in models(case.task))).mean_over == "batch":
             return  # relates the examples of a batch: accumulation changes its meaning, as its page says
@@ -319,7 +319,7 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
         assert other.keys() == found[0].keys()
         for name, gradient in other.items():
             torch.testing.assert_close(
-                gradient, found[0][name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+                gradient, found[0][name], rtol=1e-6, atol=1e-9, msg=f"{name}: the gradients differ"
             )
 
 
@@ -335,7 +335,7 @@ def check_nan_outside_what_is_scored_changes_nothing(case: Case, folder: Path) -
     again, after = value(case, spoilt)
     torch.testing.assert_close(again, total)
     for name, gradient in after.items():
-        torch.testing.assert_close(gradient, gradients[name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient, gradients[name], msg=f"{name}: the gradient changed")
 
 
 def _spoil(given: Signals, name: str, tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import VOCAB, tiny_bert_classifier, tiny_bert_config, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -62,7 +63,6 @@ from hf_compress.onnx import (
 from hf_compress.onnx_folder import _portable
 from hf_compress.onnx_int8 import _decisions
 from hf_compress.onnx_runtime import open_session
-from tiny import VOCAB, tiny_bert_classifier, tiny_bert_config, tiny_tokenizer
 
 TEXTS = ["the film was very good", "a dull story", "i love the music but not the end", "slow"] * 4
 LABELS = [0, 1, 2, 0] * 4

@@ -1,0 +1,292 @@
+"""The command `hf-compress`. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+app = typer.Typer(
+    help="Distillation for the Hugging Face stack: train with one callback, then export, measure, describe and push.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Folder = Annotated[Path, typer.Argument(help="A model folder, as save_pretrained writes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def methods(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only methods for this task, its default first.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What there is, and what is the default of a task."""
+    from . import registry
+
+    found = registry.catalogue()
+    if task is not None:
+        registry.default_for(task)  # an unknown task is an error, not an empty list
+    families = {entry.family for entry in found.methods.values()}
+    if family is not None and family not in families:
+        from .errors import UnknownNameError
+
+        raise UnknownNameError("family", family, families)
+    chosen = [
+        entry
+        for entry in found.methods.values()
+        if (family is None or entry.family == family) and (task is None or task in entry.tasks)
+    ]
+    chosen.sort(key=lambda entry: (task is not None and task not in entry.default_for, entry.family, entry.name))
+    rows = [
+        {
+            "method": entry.name,
+            "family": entry.family,
+            "default": (task in entry.default_for) if task else bool(entry.default_for),
+            "tasks": list(entry.tasks),
+            "default_for": list(entry.default_for),
+            "paper": entry.declared["paper"],
+            "summary": entry.declared["summary"],
+        }
+        for entry in chosen
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _print_table(("method", "family", "default" if task else "default for", "paper", "what it does"), [
+            (r["method"], r["family"], ("yes" if r["default"] else "") if task else ", ".join(r["default_for"]),
+             r["paper"], r["summary"])
+            for r in rows
+        ])  # fmt: skip
+    for where, reason in found.broken.items():
+        print(f"not usable: {where}: {reason}", file=sys.stderr)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    quantize: Annotated[str | None, typer.Option(help="int8")] = None,
+    data: Annotated[Path | None, typer.Option(help="Task file whose rows int8 is measured on.")] = None,
+    max_drop: Annotated[float, typer.Option(help="Accuracy that int8 may cost, as a fraction.")] = 0.01,
+    min_agreement: Annotated[float, typer.Option(help="Least fraction of equal decisions.")] = 0.95,
+) -> None:
+    """Write ONNX, compare it with torch, and quantise it if its quality holds."""
+    from .errors import ConfigurationError, UnknownNameError
+    from .onnx import export_onnx, quantize_onnx
+
+    if quantize not in (None, "int8"):
+        raise UnknownNameError("precision", str(quantize), ["int8"])
+    if quantize and data is None:
+        raise ConfigurationError("int8 is kept only if its quality holds: give --data task.yaml to measure it on.")
+    done = export_onnx(folder, progress=_tell)
+    _tell(f"{done.folder.name}: {done.bytes:,} bytes, at most {done.value('parity_max_abs_diff'):.1e} from torch")
+    if data is not None and quantize:
+        quantized = quantize_onnx(folder, gate=_gate(folder, data, max_drop, min_agreement), progress=_tell)
+        agreement = quantized.value("agreement_with_fp32")
+        _tell(f"{quantized.folder.name}: {quantized.bytes:,} bytes, {agreement:.1%} of decisions as before")
+
+
+def _gate(folder: Path, data: Path, max_drop: float, min_agreement: float) -> Any:
+    from hf_compress_evaluation.task import load_examples, read_task
+
+    from . import files
+    from .onnx import Gate
+
+    rows = load_examples(read_task(data), files.read_json(folder / "config.json").get("label2id", {}))
+    labels = None if rows.labels is None else rows.labels.tolist()
+    return Gate(features=rows.texts, labels=labels, max_drop=max_drop, min_agreement=min_agreement)
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    task: Annotated[Path, typer.Option(help="Task file: data, columns, metrics.")],
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub id.")] = None,
+    alone: Annotated[str | None, typer.Option(help="The same student trained without the teacher.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Measure quality, agreement, size and latency, and add them to the folder's record."""
+    from hf_compress_evaluation.folder import evaluate_folder
+
+    evaluate_folder(folder, task=task, teacher=teacher, alone=alone, threads=threads, progress=not as_json)
+    _show(folder, as_json)
+
+
+def _show(folder: Path, as_json: bool) -> None:
+    from hf_compress_evaluation import table
+
+    from . import facts
+
+    record = facts.load(folder)
+    if as_json:
+        print(table.as_json(record))
+    else:
+        _console().print(table.table(record))
+
+
+@app.command()
+def card(folder: Folder) -> None:
+    """Render README.md from what was measured."""
+    from hf_compress_cards import card as cards
+
+    _tell(f"wrote {cards.write(folder).name}")
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME, or the repository's URL.")],
+    private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.")] = None,
+    pull_request: Annotated[bool, typer.Option("--pr", help="Propose the commit as a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+) -> None:
+    """Push weights, ONNX, evidence and card in one commit."""
+    from hf_compress_cards import card as cards
+
+    from . import hub
+    from .ship import repository_of
+
+    name, endpoint = repository_of(repository)
+    if not (folder / "README.md").exists():
+        cards.write(folder, repo_id=name)
+    pushed = hub.push(folder, name, endpoint=endpoint, private=private, create_pr=pull_request, message=message)
+    _tell(pushed.describe())
+
+
+@app.command()
+def compress(recipe: Annotated[Path, typer.Argument(help="recipe.yaml")], as_json: AsJson = False) -> None:
+    """Run a whole recipe; what is done already is not done again."""
+    from .recipe import read_recipe
+
+    _ship(read_recipe(recipe), as_json)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder of a fine-tuned model.")],
+    task: Annotated[str, typer.Option(help="text-classification")],
+    data: Annotated[Path, typer.Option(help="Labelled rows: csv, jsonl or parquet.")],
+    layers: Annotated[int, typer.Option(min=1, help="How many of the teacher's layers to keep.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    unlabelled: Annotated[Path | None, typer.Option(help="Further rows without labels.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows for the reported numbers.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method; may be given more than once.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.01)] = 3.0,
+    learning_rate: Annotated[float, typer.Option(min=1e-8)] = 5e-5,
+    text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The same without YAML: a smaller student of a fine-tuned teacher, exported, measured, with its card."""
+    from .recipe import Recipe, validated
+
+    rows = {name: str(path.absolute()) for name, path in (("unlabelled", unlabelled), ("test", test)) if path}
+    values = {
+        "task": task,
+        "teacher": str(Path(teacher).absolute()) if Path(teacher).is_dir() else teacher,
+        "data": {"train": str(data.absolute()), **rows, "text": text, "label": label, "name": data.name.split(".")[0]},
+        "student": {"layers": layers},
+        "output": str(output.absolute()),
+        "methods": tuple(method or ()),
+        "training": {"epochs": epochs, "learning_rate": learning_rate},
+        "export": {"quantize": "int8" if test else None},
+        "seed": seed,
+    }
+    _ship(validated(Recipe, values, "the options"), as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo-output"),
+    push: Annotated[str | None, typer.Option(help="Repository or its URL; without it the commit is a folder.")] = None,
+    tiny: Annotated[bool, typer.Option(help="Invented weights and few rows: the same path in minutes.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with so many seeds and summarise.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """All of it on a real small model and real data that packages ship."""
+    from hf_compress_evaluation.demo import recipe as demo_recipe
+    from hf_compress_evaluation.demo import summary
+
+    from . import facts, files
+    from .recipe import Recipe, validated
+
+    _quiet()
+    folders = []
+    for seed in range(seeds):
+        target = output.absolute() if seeds == 1 else output.absolute() / f"seed-{seed}"
+        values = demo_recipe.values(target, tiny=tiny, seed=seed, push=push if seed == 0 else None)
+        _ship(validated(Recipe, values, "the demo's recipe"), as_json)
+        folders.append(target / "student")
+    if seeds > 1:
+        found = summary.summarise([facts.load(folder) for folder in folders])
+        files.write_text(output / "summary.json", json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found, indent=1) if as_json else summary.markdown(found))
+
+
+def _ship(recipe: Recipe, as_json: bool) -> None:
+    from . import ship
+
+    progress = not as_json and sys.stderr.isatty()
+    _quiet()
+    made = ship.run(recipe, tell=_tell, progress=progress)
+    _show(made.folder, as_json)
+    _tell(made.destination)
+
+
+def _quiet() -> None:
+    """Leaves the bars of training and measuring; those of loading a file, and advice to developers, are noise."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _console() -> Any:
+    """The terminal; tables that go to a file or a pipe are not squeezed into 80 columns."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def main() -> None:
+    """Entry point: an error of ours is one message and exit code 1; HF_COMPRESS_DEBUG=1 shows its traceback."""
+    from .errors import HfCompressError
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_compress").setLevel(logging.INFO)
+    try:
+        app()
+    except (HfCompressError, OSError) as error:
+        if os.environ.get("HF_COMPRESS_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,191 @@
+"""A recipe: everything about a compression in one YAML file, and the training stages that it asks for.
+
+    task: text-classification
+    teacher: me/my-big-model            # hub id or folder
+    data: {train: train.csv, test: test.csv}
+    student: {layers: 3}
+
+Paths are relative to the recipe. `ship.py` runs it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from . import files
+from .errors import ConfigurationError, ForeignFileError, UnknownNameError
+
+logger = logging.getLogger(__name__)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(_Part):
+    """Files of rows; csv, jsonl (also .gz), parquet."""
+
+    train: str = Field(min_length=1, description="labelled rows")
+    unlabelled: str | None = Field(default=None, description="further rows without labels, for the distilled student")
+    choice: str | None = Field(default=None, description="rows for choosing learning rates and precision")
+    test: str | None = Field(default=None, description="rows for the reported numbers, and nothing else")
+    text: str = "text"
+    label: str = "label"
+    labels: tuple[str, ...] | None = Field(default=None, description="names of the classes, in the order of their ids")
+    max_length: int = Field(default=128, ge=1, description="tokens kept of a text")
+    name: str | None = Field(default=None, description="of the data, for the record")
+    licence: str | None = None
+
+
+class Fitting(_Part):
+    """How a model is trained; the values for encoders that are usual in the field."""
+
+    learning_rate: float = Field(default=5e-5, gt=0)
+    epochs: float = Field(default=3.0, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    warmup: float = Field(default=0.1, ge=0, le=1, description="part of the steps")
+    weight_decay: float = Field(default=0.01, ge=0)
+
+
+class Student(_Part):
+    """What is kept of the teacher."""
+
+    layers: int | tuple[int, ...]
+    keep: Literal["even", "first", "last"] = "even"
+
+
+class Baseline(_Part):
+    """The same student from the same start, trained on the labels without a teacher: the better of some rates."""
+
+    learning_rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)
+    epochs: float = Field(default=3.0, gt=0)
+
+
+class Export(_Part):
+    """Which graphs are written."""
+
+    quantize: Literal["int8"] | None = "int8"
+    max_drop: float = Field(default=0.01, ge=0, le=1, description="of accuracy, that int8 may cost")
+    min_agreement: float = Field(default=0.95, ge=0, le=1, description="of int8's decisions with float32's")
+    teacher: bool = Field(default=False, description="export the teacher too, to compare with")
+
+
+class Measure(_Part):
+    """How latency is taken."""
+
+    threads: int = Field(default=1, ge=1)
+    batches: tuple[int, ...] = (1, 32)
+    length: int = Field(default=64, ge=1)
+    runs: int = Field(default=20, ge=1)
+
+
+class Use(_Part):
+    """A method with its weight and settings; in YAML also its bare name."""
+
+    name: str
+    weight: float = Field(default=1.0, ge=0)
+    settings: Mapping[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """`kd` and `{name: kd, temperature: 4}`: what is no field of this class is a setting of the method."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "settings" not in value:
+            own = {key: item for key, item in value.items() if key in ("name", "weight")}
+            return own | {"settings": {key: item for key, item in value.items() if key not in own}}
+        return value
+
+
+class Recipe(_Part):
+    """All of a compression."""
+
+    task: Literal["text-classification"]
+    teacher: Annotated[str, Field(min_length=1)]
+    data: Data
+    student: Student
+    output: str = "student"
+    teacher_training: Fitting | None = Field(default=None, description="fine-tune the teacher on the labels first")
+    methods: tuple[Use, ...] = Field(default=(), description="empty: the default of the task")
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    task_weight: float | None = Field(default=None, ge=0)
+    training: Fitting = Fitting()
+    labelled_only: bool = Field(default=False, description="distil on the labelled rows alone too, to compare")
+    alone: Baseline | None = None
+    export: Export = Export()
+    measure: Measure = Measure()
+    push: str | None = Field(default=None, description="repository, or its URL")
+    private: bool | None = None
+    seed: int = Field(default=0, ge=0)
+
+
+PartT = TypeVar("PartT", bound=BaseModel)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from its file, paths made absolute.
+
+    Raises:
+        UnknownNameError: for an unknown key, with the nearest ones.
+        ForeignFileError: for a malformed file or value, naming the key.
+    """
+    recipe = validated(Recipe, files.read_yaml(path), path.name)
+    base = path.parent.absolute()
+    rows = {
+        key: str(base / value)
+        for key in ("train", "unlabelled", "choice", "test")
+        if (value := getattr(recipe.data, key)) is not None
+    }
+    changes: dict[str, Any] = {"data": recipe.data.model_copy(update=rows), "output": str(base / recipe.output)}
+    if (base / recipe.teacher).is_dir():
+        changes["teacher"] = str(base / recipe.teacher)
+    return recipe.model_copy(update=changes)
+
+
+def validated(kind: type[PartT], value: Mapping[str, Any], where: str) -> PartT:
+    """A part of a recipe from plain values; errors as `read_recipe`."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            parent = _model_at(kind, first["loc"][:-1])
+            raise UnknownNameError(f"key in {where}", str(first["loc"][-1]), parent.model_fields) from error
+        raise ForeignFileError(where, f"{key}: {first['msg']}.", "Mend the value.") from error
+
+
+def _model_at(kind: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """The class that validated the part at that place."""
+    for key in path:
+        if not isinstance(key, str) or key not in kind.model_fields:
+            continue
+        found = kind.model_fields[key].annotation
+        options = [found, *getattr(found, "__args__", ())]
+        kind = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), kind)
+    return kind
+
+
+def objectives(recipe: Recipe) -> list[Any] | None:
+    """The objectives that the recipe names; None for the default of the task.
+
+    Raises:
+        UnknownNameError: for a method that does not exist.
+        ConfigurationError: for one without an objective, or a setting that it does not have.
+    """
+    from . import registry
+
+    made = []
+    for use in recipe.methods:
+        objective = registry.get(use.name).load().objective
+        if objective is None:
+            raise ConfigurationError(f"recipe: method {use.name!r} has no objective to train with.")
+        settings = {key: tuple(item) if isinstance(item, list) else item for key, item in use.settings.items()}
+        made.append(objective(weight=use.weight, **settings))
+    return made or None

@@ -1,0 +1,404 @@
+"""From a recipe to a model that is exported, measured, described and pushed: stages that a killed run resumes.
+
+Each stage writes its product whole or not at all, and then notes in `stages.json` from what it was made. A stage whose
+note still holds is passed over; a changed recipe runs again what depends on the change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import datasets
+import transformers
+from hf_compress_cards import card
+from hf_compress_evaluation import folder as evaluation
+from hf_compress_evaluation.examples import Examples, examples, read_rows
+from hf_compress_evaluation.task import Task
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from . import facts, files, fitting, hub
+from .callback import DistillCallback
+from .errors import ConfigurationError, MismatchError
+from .facts import Measurement, Record
+from .onnx import Gate, export_onnx, quantize_onnx
+from .recipe import Recipe, objectives
+from .shrinking import shrink
+
+logger = logging.getLogger(__name__)
+
+NOTES = "stages.json"
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """What a recipe made."""
+
+    folder: Path
+    record: Record
+    destination: str
+    """Plainly, where the student went."""
+    ran: tuple[str, ...]
+    """Stages that ran; the others were done already."""
+
+
+def run(recipe: Recipe, *, tell: Tell = logger.info, progress: bool = True) -> Shipped:
+    """Runs every stage of a recipe that is not done.
+
+    Args:
+        recipe: with absolute paths.
+        tell: called with one line as each stage begins.
+        progress: show bars.
+
+    Raises:
+        HfCompressError: of the stage that failed; what earlier stages made is kept.
+    """
+    work = _Work(recipe, tell, progress)
+    if recipe.push is not None:
+        repository, endpoint = repository_of(recipe.push)
+        hub.authorize(repository, endpoint=endpoint)  # a push that cannot work is found before training
+    work.check()
+    for name, stage, inputs in work.stages():
+        work.once(name, stage, inputs)
+    return Shipped(
+        folder=work.student,
+        record=facts.load(work.student),
+        destination=(work.output / "destination.txt").read_text(encoding="utf-8").strip(),
+        ran=tuple(work.ran),
+    )
+
+
+class _Work:
+    """One recipe under way: its folders, its data, the notes of what is done."""
+
+    def __init__(self, recipe: Recipe, tell: Tell, progress: bool) -> None:
+        self.recipe, self.tell, self.progress = recipe, tell, progress
+        self.output = Path(recipe.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.student = self.output / "student"
+        self.notes_file = self.output / NOTES
+        notes = files.read_json(self.notes_file) if self.notes_file.exists() else {}
+        self.notes: dict[str, str] = {str(key): str(value) for key, value in notes.items()}
+        self.ran: list[str] = []
+        self.chain = ""
+
+    def stages(self) -> list[tuple[str, Callable[[], None], Any]]:
+        """Name, action and the settings that decide its product, in order; each depends on those before it."""
+        recipe = self.recipe
+        made: list[tuple[str, Callable[[], None], Any]] = [
+            ("teacher", self._teacher, [recipe.teacher, recipe.teacher_training, recipe.seed, self._data_digest])
+        ]
+        if recipe.alone is not None:
+            made.append(("alone", self._alone, [recipe.alone, recipe.student, recipe.training]))
+        how = [recipe.methods, recipe.alpha, recipe.task_weight, recipe.training, recipe.student]
+        if recipe.labelled_only:
+            made.append(("student-labelled", lambda: self._distil("student-labelled", unlabelled=False), how))
+        made.append(("student", lambda: self._distil("student", unlabelled=True), how))
+        made.append(("export", self._export, recipe.export))
+        made.append(("evaluate", self._evaluate, recipe.measure))
+        made.append(("card", self._card, recipe.push))
+        made.append(("push", self._push, [recipe.push, recipe.private]))
+        return made
+
+    def once(self, name: str, stage: Callable[[], None], inputs: Any) -> None:
+        """Runs a stage unless its note says that it was done from the same inputs."""
+        text = json.dumps([name, inputs], default=_plain, sort_keys=True)
+        self.chain = hashlib.sha256((self.chain + text).encode()).hexdigest()
+        if self.notes.get(name) == self.chain:
+            self.tell(f"{name}: done already")
+            return
+        self.tell(f"{name}: {_SAID.get(name, name)}")
+        stage()
+        self.ran.append(name)
+        self.notes[name] = self.chain
+        files.write_text(self.notes_file, json.dumps(self.notes, indent=1) + "\n")
+
+    def check(self) -> None:
+        """Everything that can be found out before anything is trained."""
+        objectives(self.recipe)
+        if self.recipe.alone is not None and self.recipe.data.choice is None:
+            raise ConfigurationError("recipe: `alone` chooses a learning rate on data.choice, which is not given.")
+        if self.recipe.export.quantize and self._gate_rows is None:
+            raise ConfigurationError(
+                "recipe: int8 is measured on data.choice or data.test before it is kept, and neither is given. "
+                "Give one, or set export: {quantize: null}."
+            )
+        for part in ("train", "unlabelled", "choice", "test"):
+            if getattr(self.recipe.data, part) is not None:
+                self.rows(part)
+
+    # ------------------------------------------------------------------ data
+
+    @cached_property
+    def labels(self) -> dict[str, int]:
+        """Names of the classes to ids: of the recipe, else of the teacher, else of the training rows."""
+        given = self.recipe.data.labels
+        if given is not None:
+            return {name: index for index, name in enumerate(given)}
+        if self.recipe.teacher_training is None:
+            config = transformers.AutoConfig.from_pretrained(self.recipe.teacher, trust_remote_code=False)
+            return dict(config.label2id)
+        column = read_rows(Path(self.recipe.data.train))[self.recipe.data.label]
+        if all(isinstance(value, int) for value in column):
+            return {f"LABEL_{index}": index for index in range(max(column) + 1)}
+        return {str(name): index for index, name in enumerate(sorted(set(column)))}
+
+    def rows(self, part: str) -> Examples:
+        """The texts and labels of one file of the recipe."""
+        data = self.recipe.data
+        path = Path(getattr(data, part))
+        return examples(
+            read_rows(path),
+            name=f"{data.name or path.parent.name}, {part}",
+            text=data.text,
+            label=None if part == "unlabelled" else data.label,
+            label2id=self.labels,
+            licence=data.licence,
+        )
+
+    @cached_property
+    def _data_digest(self) -> list[Any]:
+        parts = [name for name in ("train", "unlabelled", "choice", "test") if getattr(self.recipe.data, name)]
+        settings = self.recipe.data.model_dump(exclude={"train", "unlabelled", "choice", "test"})
+        return [settings, {name: files.sha256(Path(getattr(self.recipe.data, name))) for name in parts}]
+
+    def encoded(self, part: str, tokenizer: Any) -> datasets.Dataset:
+        rows = self.rows(part)
+        return fitting.encode(tokenizer, rows.texts, rows.labels, self.recipe.data.max_length)
+
+    @property
+    def _gate_rows(self) -> str | None:
+        return "choice" if self.recipe.data.choice else "test" if self.recipe.data.test else None
+
+    # ------------------------------------------------------------------ stages
+
+    @property
+    def teacher(self) -> str:
+        """Folder of a teacher that was fine-tuned here, else what the recipe names."""
+        return str(self.output / "teacher") if self.recipe.teacher_training is not None else self.recipe.teacher
+
+    def _teacher(self) -> None:
+        recipe = self.recipe
+        if recipe.teacher_training is None:
+            self._load_teacher()
+            return
+        transformers.set_seed(recipe.seed)
+        body = AutoModelForSequenceClassification.from_pretrained(
+            recipe.teacher,
+            num_labels=len(self.labels),
+            id2label={index: name for name, index in self.labels.items()},
+            label2id=self.labels,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(recipe.teacher, trust_remote_code=False)
+        rows = self.encoded("train", tokenizer)
+        target = self.output / "teacher"
+        fitting.fit(body, tokenizer, rows, recipe.teacher_training, target, seed=recipe.seed, progress=self.progress)
+
+    def _load_teacher(self) -> PreTrainedModel:
+        teacher, report = AutoModelForSequenceClassification.from_pretrained(
+            self.teacher, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise MismatchError(
+                f"the teacher has no weights for {sorted(report['missing_keys'])[:3]}. Give a fine-tuned classifier, "
+                "or add `teacher_training: {}` to the recipe."
+            )
+        model: PreTrainedModel = teacher
+        return model
+
+    def _start(self) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+        """Teacher, student at its start, tokenizer."""
+        teacher = self._load_teacher()
+        student = shrink(teacher, layers=_layers(self.recipe.student.layers), keep=self.recipe.student.keep)
+        return teacher, student, AutoTokenizer.from_pretrained(self.teacher, trust_remote_code=False)
+
+    def _alone(self) -> None:
+        """Trains the baseline at each learning rate, keeps the best on data.choice, and notes how each did."""
+        assert self.recipe.alone is not None  # the stage exists only then
+        candidates = self.output / "alone-candidates"
+        scores: dict[str, float] = {}
+        for rate in self.recipe.alone.learning_rates:
+            _, student, tokenizer = self._start()
+            target = candidates / f"{rate:g}"
+            settings = {"learning_rate": rate, "epochs": self.recipe.alone.epochs}
+            how = self.recipe.training.model_copy(update=settings)
+            done = target / "score.json"
+            if not done.exists():
+                rows = self.encoded("train", tokenizer)
+                fitting.fit(student, tokenizer, rows, how, target, seed=self.recipe.seed, progress=self.progress)
+                score = fitting.accuracy(student, tokenizer, self.encoded("choice", tokenizer))
+                files.write_text(done, json.dumps({"accuracy": score}))
+            scores[f"{rate:g}"] = files.read_json(done)["accuracy"]
+        best = max(scores, key=lambda rate: scores[rate])
+        with files.atomic_folder(self.output / "alone") as part:
+            shutil.copytree(candidates / best, part, dirs_exist_ok=True)
+            (part / "score.json").unlink()
+            files.write_text(part / "choice.json", json.dumps({"chosen": best, "accuracy": scores}, indent=1))
+        shutil.rmtree(candidates, ignore_errors=True)
+
+    def _distil(self, name: str, *, unlabelled: bool) -> None:
+        teacher, student, tokenizer = self._start()
+        rows = self.encoded("train", tokenizer)
+        data = self.recipe.data
+        if unlabelled and data.unlabelled is not None:
+            rows = datasets.concatenate_datasets([rows, self.encoded("unlabelled", tokenizer)])
+        callback = DistillCallback(
+            teacher,
+            objectives(self.recipe),
+            alpha=self.recipe.alpha,
+            task_weight=self.recipe.task_weight,
+            data=data.name or Path(data.train).parent.name,
+        )
+        fitting.fit(
+            student,
+            tokenizer,
+            rows,
+            self.recipe.training,
+            self.output / name,
+            seed=self.recipe.seed,
+            callbacks=[callback],
+            progress=self.progress,
+        )
+
+    def _export(self) -> None:
+        settings = self.recipe.export
+        shutil.rmtree(self.student / "onnx-int8", ignore_errors=True)  # of another float32 graph
+        export(self.student, tell=self.tell)
+        if settings.teacher and Path(self.teacher).is_dir():
+            export(Path(self.teacher), tell=self.tell)
+        if settings.quantize and self._gate_rows is not None:
+            rows = self.rows(self._gate_rows)
+            gate = Gate(
+                features=rows.texts,
+                labels=None if rows.labels is None else rows.labels.tolist(),
+                max_drop=settings.max_drop,
+                min_agreement=settings.min_agreement,
+            )
+            quantize_onnx(self.student, gate=gate, progress=self._told("int8"))
+
+    def _told(self, what: str) -> Tell:
+        return lambda line: self.tell(f"  {what}: {line}")
+
+    def _evaluate(self) -> None:
+        data, measure = self.recipe.data, self.recipe.measure
+        if data.test is None:
+            self.tell("  no data.test: quality is not measured, and the card will say so")
+            return
+        facts.save(self.student, _without_scores(facts.load(self.student)))
+        others = {"student-labelled": self.output / "student-labelled"} if self.recipe.labelled_only else {}
+        alone = self.output / "alone" if self.recipe.alone is not None else None
+        evaluation.evaluate_folder(
+            self.student,
+            task=Task(
+                task=self.recipe.task,
+                data=data.test,
+                text=data.text,
+                label=data.label,
+                max_length=data.max_length,
+                name=f"{data.name or Path(data.test).parent.name}, test",
+                licence=data.licence,
+            ),
+            teacher=self.teacher,
+            alone=alone,
+            others=others,
+            threads=measure.threads,
+            timing=evaluation.Timing(batches=measure.batches, length=measure.length, runs=measure.runs),
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+        if alone is not None:
+            facts.append(self.student, *_choices(alone, self.rows("choice").data, self.recipe.seed))
+
+    def _card(self) -> None:
+        repository = None if self.recipe.push is None else repository_of(self.recipe.push)[0]
+        card.write(self.student, repo_id=repository)
+
+    def _push(self) -> None:
+        if self.recipe.push is None:
+            folder = hub.write_commit(self.student, self.output / "commit")
+            said = (
+                f"No repository was named, so nothing was pushed. The commit was checked in full and written to "
+                f"{folder.name}/ beside the student; `hf-compress push STUDENT OWNER/NAME` sends the same files."
+            )
+        else:
+            repository, endpoint = repository_of(self.recipe.push)
+            pushed = hub.push(self.student, repository, endpoint=endpoint, private=self.recipe.private)
+            said = pushed.describe()
+        files.write_text(self.output / "destination.txt", said + "\n")
+
+
+_SAID = {
+    "teacher": "fine-tunes or checks the teacher",
+    "alone": "trains the student's start without the teacher, at each learning rate",
+    "student-labelled": "distils on the labelled rows alone",
+    "student": "distils on all rows",
+    "export": "writes ONNX and compares it with torch",
+    "evaluate": "measures quality, agreement, size and latency",
+    "card": "writes the card from what was measured",
+    "push": "makes the commit",
+}
+
+
+def export(folder: Path, *, tell: Tell = logger.info) -> None:
+    """Exports a model folder to `onnx/`, with parity enforced."""
+    export_onnx(folder, progress=lambda line: tell(f"  {folder.name}: {line}"))
+
+
+def repository_of(target: str) -> tuple[str, str | None]:
+    """(owner/name, endpoint or None) of a repository's name or URL.
+
+    Raises:
+        ConfigurationError: for a URL without a repository in it.
+    """
+    parts = urlsplit(target)
+    if not parts.scheme:
+        return target, None
+    name = parts.path.strip("/")
+    if parts.scheme not in ("http", "https") or not parts.netloc or name.count("/") != 1:
+        raise ConfigurationError(f"{target} names no repository: expected OWNER/NAME or https://HUB/OWNER/NAME.")
+    return name, f"{parts.scheme}://{parts.netloc}"
+
+
+def _layers(layers: int | tuple[int, ...]) -> int | list[int]:
+    return layers if isinstance(layers, int) else list(layers)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
+
+
+def _without_scores(record: Record) -> Record:
+    """A record without what a repeated evaluation measures again; what the export measured stays."""
+    kept = tuple(m for m in record.measurements if m.metric in ("parity_max_abs_diff", *_OF_EXPORT))
+    return record.model_copy(update={"measurements": kept})
+
+
+_OF_EXPORT = ("agreement_with_fp32", "accuracy_drop")
+
+
+def _choices(alone: Path, data: facts.Data, seed: int) -> list[Measurement]:
+    """How the baseline's learning rates did on the rows that chose between them."""
+    chosen: Mapping[str, Any] = files.read_json(alone / "choice.json")
+    return [
+        Measurement(
+            subject="alone",
+            metric="choice_accuracy",
+            value=score,
+            unit="fraction",
+            data=data,
+            seed=seed,
+            how={"learning_rate": float(rate), "chosen": rate == chosen["chosen"]},
+        )
+        for rate, score in chosen["accuracy"].items()
+    ]
