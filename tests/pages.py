@@ -1,0 +1,86 @@
+"""Pages that are generated: the gallery of methods, and the demo's table in the README."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import itertools
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+from hf_compress_evaluation.demo.summary import markdown
+
+from hf_compress import registry
+
+BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Every generated page of a checkout, by path."""
+    return {root / "plugins" / "README.md": gallery(), root / "README.md": readme(root)}
+
+
+def readme(root: Path) -> str:
+    """README.md with the table of the committed results between its marks."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    results = root / "evaluation" / "results" / "demo.json"
+    table = markdown(json.loads(results.read_text(encoding="utf-8"))) if results.exists() else ""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+
+
+def gallery() -> str:
+    """One section a method: what it is, its equation, its settings with their sources, how to cite it."""
+    entries = registry.catalogue().methods
+    parts = [
+        "# Methods\n\nWritten by `ci/docs` from the methods' sources. `hf-compress methods --task TASK` lists a task's "
+        "default first.\n",
+        "| method | family | default for | paper | what it does |\n|---|---|---|---|---|",
+    ]
+    for name, entry in sorted(entries.items()):
+        declared = entry.declared
+        parts[-1] += (
+            f"\n| [{name}](#{name}) | {entry.family} | {', '.join(entry.default_for)} | {declared['paper']} "
+            f"| {declared['summary']} |"
+        )
+    return "\n".join(parts) + "\n" + "".join(section(name) for name in sorted(entries))
+
+
+def section(name: str) -> str:
+    """A method's page."""
+    entry = registry.get(name)
+    module = importlib.import_module(entry.module)
+    declared = entry.declared
+    lines = [
+        f"\n## {name}\n",
+        f"{declared['title']}. {declared['authors']}, {declared['year']}, {declared['paper']}.\n",
+        f"Tasks: {', '.join(entry.tasks)}.\n",
+        "```text",
+        inspect.cleandoc(module.__doc__ or ""),
+        "```\n",
+    ]
+    objective = registry.get(name).load().objective
+    if objective is not None:
+        lines += ["| setting | default | |", "|---|---|---|", *settings(module, objective.Config), ""]
+    return "\n".join(lines)
+
+
+def settings(module: ModuleType, config: type) -> list[str]:
+    """Rows of a config's fields with the text below each in the source."""
+    tree = ast.parse(inspect.getsource(module))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == config.__name__)
+    said = {
+        field.target.id: re.sub(r"\s+", " ", text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+    return [
+        f"| `{field.name}` | `{field.default!r}` | {said.get(field.name, '')} |" for field in dataclasses.fields(config)
+    ]
