@@ -30,8 +30,8 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
 
     Args:
         teacher: a model, a hub id or folder (safetensors, no remote code), or a ready `Teacher`.
-        method: a name, an `Objective`, or a list of either; None takes the default of the student's task, named in the
-            first log line.
+        method: a name, an `Objective` (a copy of it is used), or a list of either; None takes the default of the
+            student's task, named in the first log line.
         config: a `DistillConfig`; alternatively its fields as keywords, e.g. `alpha=0.5`.
 
     Raises:
@@ -41,7 +41,7 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
 
     def __init__(
         self,
-        teacher: nn.Module | str | Teacher | None = None,
+        teacher: nn.Module | str | Path | Teacher | None = None,
         method: str | Objective | Sequence[str | Objective] | None = None,
         *,
         config: DistillConfig | None = None,
@@ -67,8 +67,9 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     def attach(self, trainer: Trainer) -> None:
         """Attaches to the trainer's model; idempotent. Needed by hand only after `trainer.add_callback`."""
         check_trainer(trainer, self)
+        same = self._trainer is not None and self._trainer() is trainer
         self._trainer = weakref.ref(trainer)
-        if self._run is not None and self._run.student is trainer.model:
+        if same and self._run is not None and self._run.student is trainer.model:
             self._run.attach()
             return
         if trainer.model_init is not None and not hasattr(trainer.model_init, "hf_compress_original"):
@@ -116,7 +117,7 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             run = self._run
             if run is None or not run.pending:
                 return compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-            return run.finish_pending(outputs, labels, compute_loss_func)
+            return run.finish_pending(outputs, labels, compute_loss_func, num_items_in_batch)
 
         total.hf_compress_callback = self  # type: ignore[attr-defined]  # tells it from a function of the user's
         return total
@@ -127,6 +128,11 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             raise ConfigurationError(
                 "this DistillCallback was added after the Trainer was built, so the optimizer lacks its learned parts. "
                 "Pass it in Trainer(callbacks=[…]), or call callback.attach(trainer) before train()."
+            )
+        if _calling_trainer(self) not in (None, trainer):
+            raise ConfigurationError(
+                "this DistillCallback has since been given to another Trainer. Make one for each: "
+                "Trainer(callbacks=[DistillCallback(teacher)])."
             )
         if self.run.student is not trainer.model:
             raise ConfigurationError(

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from . import objective as o
 from .errors import ConfigurationError, MismatchError
 from .objective import Inputs, Kind, Needs, Sizes
-from .teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,19 @@ def check_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
         raise ConfigurationError("the training data set is empty. Check its filters and splits.")
 
 
+def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuses a teacher whose weights are the student's too: freezing it would freeze them, training change it."""
+    if student is teacher:
+        raise ConfigurationError("student and teacher are one object. shrink() or copy.deepcopy the teacher first.")
+    places = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters()} - {0}
+    shared = [name for name, p in student.named_parameters() if p.untyped_storage().data_ptr() in places]
+    if shared:
+        raise ConfigurationError(
+            f"student and teacher share weights, first {shared[0]!r} of {len(shared)}: freezing the teacher would "
+            "freeze them and training would change it. Copy them: shrink(teacher, layers=…) or copy.deepcopy."
+        )
+
+
 def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
     """Refuses a teacher whose classes are not the student's, where logits are compared.
 
@@ -79,20 +92,38 @@ def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
                 f"the label orders differ: student {names[0]}, teacher {names[1]}. Set the student's config.id2label "
                 "to the teacher's and map the data's labels accordingly."
             )
+
+
+def check_head(student: Sizes) -> None:
+    """Refuses a head without a distribution over classes, for methods that compare such distributions.
+
+    Raises:
+        MismatchError: for a regression or a multi-label head.
+    """
     if getattr(student.config, "problem_type", None) == "multi_label_classification":
-        raise MismatchError(
-            "kd on a multi-label head would compare softmax distributions that the head does not have. "
-            "Use method='features'."
-        )
+        raise MismatchError(_NO_SOFTMAX.format("multi-label"))
+    if student.kind == "none" and o.is_regression(student.config):
+        raise MismatchError(_NO_SOFTMAX.format("regression"))
 
 
-def check_labels(kind: Kind, classes: int, inputs: Inputs) -> None:
+_NO_SOFTMAX = (
+    "a {} head has no distribution over classes, which the method compares. Use a method on hidden states: "
+    "method='features'."
+)
+
+
+def check_labels(kind: Kind, classes: int, inputs: Inputs, *, distributions: bool) -> None:
     """Refuses class ids that the head does not have, before the forward turns them into an index error.
+
+    Args:
+        distributions: whether a method compares distributions over classes; real labels tell that there are none.
 
     Raises:
         MismatchError: with the offending id and the range.
     """
     labels = inputs.get("labels")
+    if distributions and kind == "rows" and labels is not None and labels.is_floating_point():
+        raise MismatchError(_NO_SOFTMAX.format("multi-label") + " Its labels are real numbers; class ids are integers.")
     if kind not in ("rows", "tokens", "causal") or not classes or labels is None or labels.is_floating_point():
         return
     wrong = labels[(labels != o.IGNORED) & ((labels < 0) | (labels >= classes))]
@@ -103,28 +134,53 @@ def check_labels(kind: Kind, classes: int, inputs: Inputs) -> None:
         )
 
 
-def check_tokenizers(processing_class: Any, teacher: Teacher) -> None:
-    """Refuses a tokenizer whose ids the teacher cannot have: the same ids must mean the same tokens to both.
+def check_ids(teacher: Sizes, inputs: Inputs) -> None:
+    """Refuses token ids that the teacher does not embed, before its forward turns them into an index error."""
+    ids, rows = inputs.get("input_ids"), _embedded(teacher)
+    if ids is None or rows is None or not ids.numel():
+        return
+    if (largest := int(ids.max())) >= rows:
+        raise MismatchError(
+            f"the batch has token id {largest}, the teacher embeds 0 … {rows - 1}. Use a teacher with the student's "
+            "tokenizer, or a method of the tokenizers family."
+        )
+
+
+def _embedded(sizes: Sizes) -> int | None:
+    """How many token ids a model reads, by its config."""
+    config: Any = sizes.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def check_tokenizers(processing_class: Any, student: Sizes, teacher: Sizes) -> None:
+    """Refuses a teacher that would read other words than the student: the same ids must mean the same tokens to both.
 
     Raises:
         MismatchError: naming both sizes, or the first token that differs.
     """
-    config = teacher.sizes.config
-    rows = getattr(config, "vocab_size", None)
-    if processing_class is None or rows is None or not hasattr(processing_class, "get_vocab"):
+    rows, own = _embedded(teacher), _embedded(student)
+    if rows is None or own is None:
         return
-    size = len(processing_class)
-    if size > rows:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    known = hasattr(tokenizer, "get_vocab")
+    if known and len(tokenizer) > rows:
         raise MismatchError(
-            f"the tokenizer has {size} tokens, the teacher embeds {rows}. Tokenize with the teacher's tokenizer, or "
-            "choose a method of the tokenizers family."
+            f"the tokenizer has {len(tokenizer)} tokens, the teacher embeds {rows}. Tokenize with the teacher's "
+            "tokenizer, or choose a method of the tokenizers family."
         )
-    folder = Path(getattr(config, "_name_or_path", "") or "missing")
-    if not (folder / "tokenizer.json").is_file():
+    folder = Path(getattr(teacher.config, "_name_or_path", "") or "missing")
+    if not known or not (folder / "tokenizer.json").is_file():
+        if own != rows:
+            raise MismatchError(
+                f"the student embeds {own} tokens, the teacher {rows}, and there are no two tokenizers to compare, so "
+                "the teacher may read other words. Give the teacher as a folder with its tokenizer and the Trainer a "
+                "processing_class, or use a teacher with the student's vocabulary."
+            )
         logger.info("hf_compress: the teacher brings no tokenizer to compare; its ids are taken to be the student's")
         return
     theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
-    differing = [token for token, index in processing_class.get_vocab().items() if theirs.get(token) != index]
+    differing = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
     if differing:
         raise MismatchError(
             f"{len(differing)} tokens of the tokenizer have another id in the teacher's, first {differing[0]!r}. The "

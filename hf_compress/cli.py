@@ -21,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Folder = Annotated[Path, typer.Argument(help="A model folder, as save_pretrained writes it.")]
+Folder = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="A model folder, as save_pretrained writes it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -75,25 +77,37 @@ def methods(
 @app.command()
 def export(
     folder: Folder,
-    quantize: Annotated[str | None, typer.Option(help="int8")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Write 8 bits too: int8.")] = None,
     data: Annotated[Path | None, typer.Option(help="Task file whose rows int8 is measured on.")] = None,
-    max_drop: Annotated[float, typer.Option(help="Accuracy that int8 may cost, as a fraction.")] = 0.01,
-    min_agreement: Annotated[float, typer.Option(help="Least fraction of equal decisions.")] = 0.95,
+    max_drop: Annotated[float, typer.Option(min=0, max=1, help="Accuracy that int8 may cost, as a fraction.")] = 0.01,
+    min_agreement: Annotated[float, typer.Option(min=0, max=1, help="Least fraction of equal decisions.")] = 0.95,
 ) -> None:
     """Write ONNX, compare it with torch, and quantise it if its quality holds."""
     from .errors import ConfigurationError, UnknownNameError
     from .onnx import export_onnx, quantize_onnx
 
+    _holds_a_model(folder)
     if quantize not in (None, "int8"):
         raise UnknownNameError("precision", str(quantize), ["int8"])
     if quantize and data is None:
         raise ConfigurationError("int8 is kept only if its quality holds: give --data task.yaml to measure it on.")
+    if data is not None and not quantize:
+        raise ConfigurationError("--data is what int8 is measured on: give --quantize int8 too, or leave it out.")
+    _quiet()
+    gate = None if data is None else _gate(folder, data, max_drop, min_agreement)
     done = export_onnx(folder, progress=_tell)
     _tell(f"{done.folder.name}: {done.bytes:,} bytes, at most {done.value('parity_max_abs_diff'):.1e} from torch")
-    if data is not None and quantize:
-        quantized = quantize_onnx(folder, gate=_gate(folder, data, max_drop, min_agreement), progress=_tell)
+    if gate is not None:
+        quantized = quantize_onnx(folder, gate=gate, progress=_tell)
         agreement = quantized.value("agreement_with_fp32")
         _tell(f"{quantized.folder.name}: {quantized.bytes:,} bytes, {agreement:.1%} of decisions as before")
+
+
+def _holds_a_model(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        from .errors import ForeignFileError
+
+        raise ForeignFileError(folder, "holds no config.json.", "Give the folder that save_pretrained wrote.")
 
 
 def _gate(folder: Path, data: Path, max_drop: float, min_agreement: float) -> Any:
@@ -113,13 +127,15 @@ def evaluate(
     task: Annotated[Path, typer.Option(help="Task file: data, columns, metrics.")],
     teacher: Annotated[str | None, typer.Option(help="Folder or hub id.")] = None,
     alone: Annotated[str | None, typer.Option(help="The same student trained without the teacher.")] = None,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Of each operator, while latency is taken.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Measure quality, agreement, size and latency, and add them to the folder's record."""
     from hf_compress_evaluation.folder import evaluate_folder
 
-    evaluate_folder(folder, task=task, teacher=teacher, alone=alone, threads=threads, progress=not as_json)
+    _quiet()
+    progress = not as_json and sys.stderr.isatty()
+    evaluate_folder(folder, task=task, teacher=teacher, alone=alone, threads=threads, progress=progress)
     _show(folder, as_json)
 
 
@@ -132,7 +148,8 @@ def _show(folder: Path, as_json: bool) -> None:
     if as_json:
         print(table.as_json(record))
     else:
-        _console().print(table.table(record))
+        console = _console()
+        console.print(table.table(record, width=console.width))
 
 
 @app.command()
@@ -140,6 +157,7 @@ def card(folder: Folder) -> None:
     """Render README.md from what was measured."""
     from hf_compress_cards import card as cards
 
+    _holds_a_model(folder)
     _tell(f"wrote {cards.write(folder).name}")
 
 
@@ -152,20 +170,31 @@ def push(
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
 ) -> None:
     """Push weights, ONNX, evidence and card in one commit."""
-    from hf_compress_cards import card as cards
-
     from . import hub
     from .ship import repository_of
 
+    _holds_a_model(folder)
     name, endpoint = repository_of(repository)
-    if not (folder / "README.md").exists():
-        cards.write(folder, repo_id=name)
+    _quiet()
+    _name_in_card(folder, name)
     pushed = hub.push(folder, name, endpoint=endpoint, private=private, create_pr=pull_request, message=message)
     _tell(pushed.describe())
 
 
+def _name_in_card(folder: Path, repository: str) -> None:
+    """Writes a card with the repository's name where there is none, or one that was rendered without it."""
+    from hf_compress_cards import card as cards
+
+    path = folder / cards.FILE
+    if not path.exists() or path.read_text(encoding="utf-8") == cards.render(folder):
+        cards.write(folder, repo_id=repository)
+
+
 @app.command()
-def compress(recipe: Annotated[Path, typer.Argument(help="recipe.yaml")], as_json: AsJson = False) -> None:
+def compress(
+    recipe: Annotated[Path, typer.Argument(help="Its file, e.g. recipe.yaml; paths in it are relative to it.")],
+    as_json: AsJson = False,
+) -> None:
     """Run a whole recipe; what is done already is not done again."""
     from .recipe import read_recipe
 
@@ -182,14 +211,14 @@ def distill(
     unlabelled: Annotated[Path | None, typer.Option(help="Further rows without labels.")] = None,
     test: Annotated[Path | None, typer.Option(help="Rows for the reported numbers.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; may be given more than once.")] = None,
-    epochs: Annotated[float, typer.Option(min=0.01)] = 3.0,
-    learning_rate: Annotated[float, typer.Option(min=1e-8)] = 5e-5,
+    epochs: Annotated[float, typer.Option(min=0.01, help="Times that all rows are seen.")] = 3.0,
+    learning_rate: Annotated[float, typer.Option(min=1e-8, help="Of the student.")] = 5e-5,
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same student.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """The same without YAML: a smaller student of a fine-tuned teacher, exported, measured, with its card."""
+    """A smaller student of a fine-tuned teacher, exported, measured, with its card: a recipe without YAML."""
     from .recipe import Recipe, validated
 
     rows = {name: str(path.absolute()) for name, path in (("unlabelled", unlabelled), ("test", test)) if path}
@@ -211,7 +240,7 @@ def distill(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo-output"),
     push: Annotated[str | None, typer.Option(help="Repository or its URL; without it the commit is a folder.")] = None,
-    tiny: Annotated[bool, typer.Option(help="Invented weights and few rows: the same path in minutes.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Invented weights and few rows: the same in a minute.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with so many seeds and summarise.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -246,13 +275,19 @@ def _ship(recipe: Recipe, as_json: bool) -> None:
 
 
 def _quiet() -> None:
-    """Leaves the bars of training and measuring; those of loading a file, and advice to developers, are noise."""
+    """Leaves the bars of training, measuring, fetching and pushing, where somebody watches.
+
+    Those of loading a file, and advice to developers, are noise.
+    """
     import datasets
     import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
 
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # those of the hub too
     transformers.utils.logging.set_verbosity_error()
+    if sys.stderr.isatty():
+        enable_progress_bars()
 
 
 def _tell(line: str) -> None:
@@ -288,5 +323,5 @@ def main() -> None:
     except (HfCompressError, OSError) as error:
         if os.environ.get("HF_COMPRESS_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import objective as o
 from .errors import ConfigurationError, MismatchError, NumericalError
-from .objective import Inputs, Kind, Needs, Objective, Rows, Signals, Step, Values
+from .objective import Inputs, Kind, Needs, Objective, Positions, Rows, Signals, Step, Values
 
 PREFIX = "distiller."
 """Of the state that a mid-run checkpoint carries beside the student's own weights."""
@@ -70,28 +70,42 @@ def count(kind: Kind, batches: Iterable[Inputs], objectives: Sequence[Objective]
         MismatchError: if an objective counts some batches of a window and not others.
     """
     total = torch.zeros(4 + len(objectives), dtype=torch.float64)
+    counting: list[set[bool]] = [set() for _ in objectives]
     for inputs in batches:
-        labels = o.task_labels(kind, inputs)
-        own = [objective.count(inputs) or 0 for objective in objectives]
+        own = [objective.count(inputs) for objective in objectives]
+        for seen, value in zip(counting, own, strict=True):
+            seen.add(value is None)
         total += torch.tensor(
             [
                 len(o.positions(kind, inputs).index),
                 int(o.tokens(inputs).sum()),
                 o.batch_size(inputs),
-                0 if labels is None else int((labels != o.IGNORED).sum()),
-                *own,
+                label_elements(o.task_labels(kind, inputs)),
+                *(value or 0 for value in own),
             ],
             dtype=torch.float64,
         )
+    for objective, seen in zip(objectives, counting, strict=True):
+        if len(seen) > 1:
+            raise MismatchError(
+                f"{objective.name}: count() gave a number for some batches of a window and None for others, so its "
+                "values have no common denominator. Return a number, 0 included, for every batch."
+            )
     return Counts.from_tensor(total)
 
 
-def denominator(place: int, needs: Needs, window: Counts) -> float:
-    """What the values of the objective at that place are divided by; at least 1, as an empty sum is 0 already."""
-    if window.own[place]:
-        return window.own[place]
-    by = {"positions": window.positions, "tokens": window.tokens}.get(needs.mean_over, window.examples)
-    return max(by, 1.0)
+def label_elements(labels: Tensor | None) -> int:
+    """Over how many elements a model's own mean loss runs: all real-valued ones, class ids that are not -100."""
+    if labels is None:
+        return 0
+    return labels.numel() if labels.is_floating_point() else int((labels != o.IGNORED).sum())
+
+
+def denominator(place: int, needs: Needs, counts: Counts) -> float:
+    """What the values of the objective at that place are divided by; where it is 0 their sum is 0 too."""
+    if counts.own[place]:
+        return counts.own[place]
+    return {"positions": counts.positions, "tokens": counts.tokens}.get(needs.mean_over, counts.examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +132,7 @@ def terms(
     rows: Rows | None = None
     for place, ((key, module), need) in enumerate(zip(distiller.items(), needs, strict=True)):
         assert isinstance(module, Objective)  # Distiller holds nothing else; narrows the type
-        bottom = denominator(place, need, window)
+        bottom = max(denominator(place, need, window), 1.0)
         parts: dict[str, Tensor] = {}
         if module.overrides("per_position"):
             rows = rows or select_rows(signals)
@@ -128,7 +142,8 @@ def terms(
         if module.overrides("forward"):
             for name, value in _named(module(signals, step), module.name):
                 _check_shape(module.name, name, value, _expected(need, signals))
-                parts[name] = value.sum() * (local.examples if need.mean_over == "batch" else 1.0)
+                summed = value.sum() * (local.examples if need.mean_over == "batch" else 1.0)
+                parts[name] = parts[name] + summed if name in parts else summed
         label = distiller.label(key)
         for name, value in parts.items():
             if not torch.isfinite(value):
@@ -144,24 +159,24 @@ def terms(
 def select_rows(signals: Signals) -> Rows:
     """The scored rows of both models' logits, chosen before any softmax: what is masked may hold NaN."""
     where = signals.positions
-    student = _flat(signals.student["logits"], where.index)
+    student = _flat(signals.student["logits"], where)
     teacher = signals.teacher.get("logits")
     return Rows(
         student_logits=student,
-        teacher_logits=None if teacher is None else _flat(teacher, where.index),
+        teacher_logits=None if teacher is None else _flat(teacher, where),
         labels=where.labels,
         example=where.example,
     )
 
 
-def _flat(logits: Tensor, index: Tensor) -> Tensor:
+def _flat(logits: Tensor, where: Positions) -> Tensor:
     rows = logits.flatten(0, -2)
-    if len(index) and int(index[-1]) >= len(rows):
+    if len(rows) != where.rows:
         raise MismatchError(
-            f"logits of shape {tuple(logits.shape)} have {len(rows)} rows, the batch scores row {int(index[-1])}. "
+            f"logits of shape {tuple(logits.shape)} have {len(rows)} rows, the batch asks for {where.rows}. "
             "Pass DistillCallback(..., kind=...) if the model's kind of output was taken wrongly."
         )
-    return rows[index]
+    return rows[where.index]
 
 
 def _named(values: Values, method: str) -> list[tuple[str, Tensor]]:

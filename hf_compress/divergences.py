@@ -39,7 +39,8 @@ def check_temperature(method: str, temperature: float) -> None:
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(position,) KL(p ‖ q) = Σ p (log p - log q), at least 0. `kl(log_q, log_p)` is the reverse KL."""
+    """(position,) KL(p ‖ q) = Σ p (log p - log q), at least 0, ∞ where q excludes what p allows. `kl(log_q, log_p)` is
+    the reverse KL."""
     p = log_p.exp()
     return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 

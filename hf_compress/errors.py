@@ -59,8 +59,11 @@ class ForeignFileError(HfCompressError, ValueError):
     """A file from outside that is missing, malformed, too large or reaches out of its folder."""
 
     def __init__(self, path: Path | str, problem: str, remedy: str) -> None:
-        super().__init__(f"{path}: {problem} {remedy}")
+        super().__init__(path, problem, remedy)  # as given: an exception is copied to another process by its arguments
         self.path, self.problem, self.remedy = path, problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem} {self.remedy}"
 
 
 class UnknownNameError(HfCompressError, KeyError):
@@ -72,6 +75,10 @@ class UnknownNameError(HfCompressError, KeyError):
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(known)}."
         super().__init__(f"There is no {kind} {name!r}. {hint}")
         self.near = near
+        self._given = (kind, name, known)
 
     def __str__(self) -> str:  # KeyError shows the repr of its argument, which escapes the message
         return str(self.args[0])
+
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str]]]:
+        return type(self), self._given  # copied to another process by what it was made from, not by its message

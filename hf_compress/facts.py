@@ -30,14 +30,21 @@ from .errors import ForeignFileError
 
 FILE = "compression.json"
 EVIDENCE = "evidence"
+VERSION = 1
 PACKAGES = ("hf-compress", "torch", "transformers", "accelerate", "datasets", "onnx", "onnxruntime", "onnxruntime-gpu")
 
-_PATH = re.compile(r"(?<![\w.:/<])/(?:[\w.+-]+/)+|(?<![\w])[A-Za-z]:\\|(?<![\w/])~/")
+_PATH = re.compile(
+    r"(?<![\w.:/<])//?(?:[\w.+@-]+/)+"
+    r"|\bfile:/"
+    r"|(?<!\w)[A-Za-z]:[\\/](?!/)"
+    r"|(?<![\w/])~(?:[a-z_][\w.-]*)?/"
+)
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
 def _private(text: str) -> str:
-    """Refuses text that names a folder of this machine or holds a token."""
+    """Refuses text that names a folder of this machine, holds a token or cannot be written."""
+    text.encode()  # a lone surrogate: UnicodeEncodeError is a ValueError
     for pattern, what in ((_PATH, "an absolute path"), (_TOKEN, "a token")):
         if found := pattern.search(text):
             raise ValueError(f"facts must not hold {what}: {found.group()[:40]!r} in {text[:120]!r}")
@@ -45,7 +52,7 @@ def _private(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_private), Field(max_length=20_000)]
-Setting = TypeAliasType("Setting", "bool | int | FiniteFloat | Text | list[Setting] | dict[str, Setting] | None")
+Setting = TypeAliasType("Setting", "bool | int | FiniteFloat | Text | list[Setting] | dict[Text, Setting] | None")
 
 
 class _Part(BaseModel):
@@ -83,7 +90,7 @@ class Method(_Part):
 
     name: Text
     weight: FiniteFloat
-    settings: dict[str, Setting] = {}
+    settings: dict[Text, Setting] = {}
     citation: Text | None = Field(default=None, description="BibTeX")
 
 
@@ -100,9 +107,9 @@ class Training(_Part):
     epochs: FiniteFloat
     seconds: FiniteFloat = Field(ge=0)
     seed: int
-    settings: dict[str, Setting] = Field(default={}, description="learning rate, batch size and the like")
+    settings: dict[Text, Setting] = Field(default={}, description="learning rate, batch size and the like")
     hardware: Text
-    versions: dict[str, Text]
+    versions: dict[Text, Text]
 
 
 class Measurement(_Part):
@@ -116,7 +123,7 @@ class Measurement(_Part):
     interval: tuple[FiniteFloat, FiniteFloat] | None = Field(default=None, description="95 % interval")
     data: Data | None = None
     seed: int | None = None
-    how: dict[str, Setting] = Field(default={}, description="threads, batch, padded length, runs, provider, ...")
+    how: dict[Text, Setting] = Field(default={}, description="threads, batch, padded length, runs, provider, ...")
 
 
 class Evidence(_Part):
@@ -153,7 +160,11 @@ def load(folder: Path) -> Record:
     """
     path = folder / FILE
     if path.exists():
-        return _parse(Record, files.read_json(path), path)
+        value = files.read_json(path)
+        if value.get("version") != VERSION:
+            problem = f"is a record of version {value.get('version')!r}, this release reads {VERSION}."
+            raise ForeignFileError(path, problem, "Update hf-compress.")
+        return _parse(Record, value, path)
     config = folder / "config.json"
     training = files.read_json(config).get("compression") if config.exists() else None
     return Record(training=None if training is None else _parse(Training, training, config))
@@ -166,8 +177,9 @@ def _parse(kind: type[PartT], value: Any, path: Path) -> PartT:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the record"
+        found = error.errors()  # of a setting one for each type that it is not; what we refuse ourselves says more
+        first = next((one for one in found if one["type"] == "value_error"), found[0])
+        where = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "the record"
         raise ForeignFileError(
             path, f"{where}: {first['msg']}.", "Restore the file, or delete it and measure again."
         ) from error
@@ -175,7 +187,7 @@ def _parse(kind: type[PartT], value: Any, path: Path) -> PartT:
 
 def save(folder: Path, record: Record) -> None:
     """Writes `compression.json` whole or not at all."""
-    _no_identity(text := record.model_dump_json(indent=1, exclude_none=True) + "\n")
+    _no_identity(text := record.model_dump_json(indent=1) + "\n")
     files.write_text(folder / FILE, text)
 
 
@@ -254,11 +266,31 @@ def hardware() -> str:
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """First 16 hex digits of the sha256 over the rows' JSON, in order."""
+    """First 16 hex digits of the sha256 over the rows' JSON, in order; arrays, tensors and images by their content.
+
+    Raises:
+        ValueError: for an object that shows where it lies in memory, which would differ in every run.
+    """
     digest = hashlib.sha256()
     for row in rows:
         digest.update(
-            json.dumps(row, sort_keys=True, ensure_ascii=False, default=repr).encode("utf-8", "backslashreplace")
+            json.dumps(row, sort_keys=True, ensure_ascii=False, default=_content).encode("utf-8", "backslashreplace")
         )
         digest.update(b"\n")
     return digest.hexdigest()[:16]
+
+
+def _content(value: Any) -> str:
+    """A row's value that JSON does not know: bytes, arrays, tensors and images by their bytes, others by `repr`."""
+    if hasattr(value, "detach"):
+        import torch
+
+        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), value.shape, value.dtype
+        return f"{hashlib.sha256(value[0].tobytes()).hexdigest()} {tuple(value[1])} {value[2]}"
+    if isinstance(value, bytes) or hasattr(value, "tobytes"):
+        kind = [str(getattr(value, name, "")) for name in ("shape", "dtype", "size", "mode")]
+        return f"{hashlib.sha256(value if isinstance(value, bytes) else value.tobytes()).hexdigest()} {kind}"
+    shown = repr(value)
+    if re.search(r" at 0x[0-9a-f]+", shown):
+        raise ValueError(f"a row holds {shown[:80]}, which has no content that can be compared between runs.")
+    return shown

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import yaml
 from .errors import ForeignFileError
 
 MAX_TEXT_BYTES = 16 * 2**20
-"""Largest JSON or YAML file that is parsed; what is larger in a model folder are tokenizers, not ours to parse."""
+"""Largest JSON file that is parsed; what is larger in a model folder are tokenizers, not ours to parse."""
+MAX_YAML_BYTES = 256 * 2**10
+"""Largest YAML file that is parsed: recipes and tasks, written by hand. The parser reads some 300 kB a second."""
 MAX_DEPTH = 64
 
 
@@ -33,24 +36,21 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: if the folder cannot be written; the old file is untouched.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    part = Path(name)
+    part = _beside(path, ".part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("xb") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path, suffix: str) -> Path:
+    """A free name in the same folder, short enough for any file system."""
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{suffix}")
 
 
 @contextmanager
@@ -58,29 +58,42 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A sibling folder to fill; on success it takes the place of `target`, on failure `target` is as it was.
 
     The exchange is two renames: the old folder is moved aside, the new one moved in, the old one removed. If the
-    second rename fails the old folder is moved back.
+    second rename fails the old folder is moved back. Where `target` is a link, the folder that it names is replaced.
+
+    Raises:
+        OSError: if the folder cannot be written or is a file, or another process put its own there meanwhile.
     """
-    target = Path(target)
+    target = Path(target).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file, a folder was to take its place. Remove it or choose another.")
+    part = _beside(target, ".part")
     try:
-        part.chmod(0o777 & ~_umask())
+        part.mkdir()
         yield part
         _sync(part)
-        if not target.exists():
-            part.replace(target)
-            return
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
-        target.replace(old)
-        try:
-            part.replace(target)
-        except BaseException:
-            old.replace(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        _exchange(part, target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _exchange(part: Path, target: Path) -> None:
+    old = _beside(target, ".old")
+    try:
+        target.replace(old)
+    except FileNotFoundError:
+        part.replace(target)
+        return
+    try:
+        part.replace(target)
+    except BaseException:
+        with suppress(OSError):  # another process has put a whole folder there: the old one is outdated
+            old.replace(target)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
@@ -91,47 +104,91 @@ def _sync(folder: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`, refusing names (`..`, absolute, symbolic links) that lead out of it."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ForeignFileError(folder / name, "leads out of its folder.", "Use a model folder from a source you trust.")
-    return path
+    """The file `name` of `folder`, refusing names (`..`, absolute, symbolic links) that lead out of it.
+
+    The files of a snapshot in the Hugging Face cache are links to the `blobs` beside `snapshots`: those are followed,
+    and the path within the snapshot is returned.
+    """
+    root, remedy = folder.resolve(), "Use a model folder from a source you trust."
+    try:
+        path = (root / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte in the name
+        raise ForeignFileError(folder / name, f"cannot be resolved ({error}).", remedy) from error
+    if path.is_relative_to(root):
+        return path
+    here = Path(os.path.normpath(root / name))
+    if path.parent in _blobs(root) and here.is_relative_to(root):
+        return here
+    raise ForeignFileError(folder / name, "leads out of its folder.", remedy)
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """The folder of contents that belongs to a snapshot of the Hugging Face cache, or none."""
+    return [
+        parent.parent / "blobs"
+        for parent in folder.parents
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--")
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of unknown origin: bounded in size and depth, no duplicate keys, no NaN."""
+    """A JSON object from a file of unknown origin: bounded in size and depth, no duplicate keys, finite numbers."""
+    text = _read_text(path, MAX_TEXT_BYTES)
     try:
-        value = json.loads(_read_text(path), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ForeignFileError(path, f"is not valid JSON ({error}).", "Restore the file.") from error
     if not isinstance(value, dict):
         raise ForeignFileError(path, f"holds a {type(value).__name__}, not an object.", "Restore the file.")
-    _check_depth(path, value)
+    _check_tree(path, value)
     return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file of unknown origin: plain tags only, no aliases (they can expand without bound)."""
-    text = _read_text(path)
+    """A YAML mapping from a file of unknown origin: as `read_json`, no tags, no aliases (they expand without bound)."""
+    text = _read_text(path, MAX_YAML_BYTES)
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ForeignFileError(path, "uses a YAML alias.", "Write the value out where it is used.")
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        _check_events(path, text)
+        value = yaml.load(text, Loader=_UniqueLoader)
+    except ForeignFileError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number out of range
         raise ForeignFileError(path, f"is not valid YAML ({error}).", "Mend the file.") from error
     if not isinstance(value, dict):
         raise ForeignFileError(path, f"holds a {type(value).__name__}, not a mapping.", "Mend the file.")
-    _check_depth(path, value)
+    _check_tree(path, value)
     return value
 
 
-def _read_text(path: Path) -> str:
+def _check_events(path: Path, text: str) -> None:
+    """Reads as far as the first thing that is refused: nested brackets alone can keep the parser busy for minutes."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ForeignFileError(path, "uses a YAML alias.", "Write the value out where it is used.")
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
+            raise ForeignFileError(path, f"uses the YAML tag {event.tag!r}.", "Write a plain value.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _too_deep(path)
+
+
+class _UniqueLoader(yaml.SafeLoader):
+    """Refuses a key that appears twice, of which the base class keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        value = super().construct_mapping(node, deep)
+        if len(value) != len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key appears twice", node.start_mark)
+        return value
+
+
+def _read_text(path: Path, limit: int) -> str:
     if not path.is_file():
         raise ForeignFileError(path, "does not exist.", "Check the path.")
     size = path.stat().st_size
-    if size > MAX_TEXT_BYTES:
-        raise ForeignFileError(path, f"has {size} bytes, more than {MAX_TEXT_BYTES}.", "Check where it comes from.")
+    if size > limit:
+        raise ForeignFileError(path, f"has {size} bytes, more than {limit}.", "Check where it comes from.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -141,7 +198,7 @@ def _read_text(path: Path) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError(f"a key appears twice among {[key for key, _ in pairs]}")
+        raise ValueError(f"a key appears twice among {sorted(value)[:10]}")
     return value
 
 
@@ -149,15 +206,17 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_depth(path: Path, value: Any) -> None:
+def _check_tree(path: Path, value: Any) -> None:
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
+        children = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        if any(isinstance(child, float) and not math.isfinite(child) for child in children):
+            raise ForeignFileError(path, "holds a number that is not finite.", "Write a finite one.")
+        level = [child for child in children if isinstance(child, dict | list)]
         if not level:
             return
-    raise ForeignFileError(path, f"is nested deeper than {MAX_DEPTH} levels.", "Check where it comes from.")
+    raise _too_deep(path)
+
+
+def _too_deep(path: Path) -> ForeignFileError:
+    return ForeignFileError(path, f"is nested deeper than {MAX_DEPTH} levels.", "Check where it comes from.")

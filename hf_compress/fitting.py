@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,28 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from . import files
 from .objective import IGNORED
 from .recipe import Fitting
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+"""Files without which a run would go on with other numbers, or not at all."""
 
 
 def encode(tokenizer: Any, texts: Sequence[str], labels: NDArray[np.int64] | None, max_length: int) -> datasets.Dataset:
@@ -44,8 +58,9 @@ def fit(
     """Trains a model and writes it with its tokenizer to `target`, whole or not at all.
 
     Checkpoints lie beside it in `.<name>.training` until it is done; one that is left by a killed run is continued.
+    The files get the mode that the umask says; safetensors would leave the weights to their owner alone.
     """
-    work = target.parent / f".{target.name}.training"
+    work = unfinished(target)
     arguments = TrainingArguments(
         str(work),
         learning_rate=fitting.learning_rate,
@@ -59,7 +74,7 @@ def fit(
         logging_steps=50,
         report_to=[],
         seed=seed,
-        disable_tqdm=not progress,
+        disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     set_seed(seed)
@@ -71,15 +86,83 @@ def fit(
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=list(callbacks),
     )
-    left = get_last_checkpoint(str(work)) if work.is_dir() else None
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is the command's result
+    left = _last_checkpoint(work)
     if left is not None:
-        logger.info("%s: continues from %s", target.name, Path(left).name)
-    trainer.train(resume_from_checkpoint=left)
+        logger.info("  %s: continues from %s", target.name, left.name)
+    with _Shown(target.name, bar=progress) as shown:
+        trainer.add_callback(shown)
+        trainer.train(resume_from_checkpoint=None if left is None else str(left))
     with files.atomic_folder(target) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        mode = (part / "config.json").stat().st_mode
+        for path in part.glob("*.safetensors"):
+            path.chmod(mode)
     shutil.rmtree(work, ignore_errors=True)
     return model
+
+
+def unfinished(target: Path) -> Path:
+    """Where the checkpoints of a model lie until it is done."""
+    return target.parent / f".{target.name}.training"
+
+
+def _last_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint that was written whole; torn ones are said and removed."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        if not (lacking := [name for name in CHECKPOINT if not (path / name).is_file()]):
+            return path
+        logger.info("  %s was not written to its end (no %s): skipped", path.name, lacking[0])
+        shutil.rmtree(path)
+    return None
+
+
+class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for mypy
+    """How far a training is: a bar, or where none is wanted a log line now and then. On stderr."""
+
+    def __init__(self, name: str, *, bar: bool) -> None:
+        self.name = name
+        self.bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not bar,
+        )
+
+    def __enter__(self) -> _Shown:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.task = self.bar.add_task(self.name, total=state.max_steps, completed=state.global_step, loss="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        self.bar.update(self.task, loss=f"loss {logs['loss']:.4g}")
+        if self.bar.disable:
+            logger.info("  %s: step %d of %d, loss %.4g", self.name, state.global_step, state.max_steps, logs["loss"])
 
 
 def accuracy(model: PreTrainedModel, tokenizer: Any, rows: datasets.Dataset) -> float:

@@ -79,6 +79,8 @@ class Positions:
     """(position,) the example, 0 … batch - 1, that each position belongs to."""
     labels: Tensor | None
     """(position,) class ids, -100 where an example has none; None for data without labels."""
+    rows: int
+    """How many rows the flattened logits must have; with another number `index` would pick the wrong ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,22 +263,30 @@ def positions(kind: Kind, inputs: Mapping[str, Tensor]) -> Positions:
     if kind in ("rows", "none", "pixels"):
         index = torch.arange(batch_size(inputs), device=next(iter(inputs.values())).device)
         flat = labels.flatten() if labels is not None and kind == "rows" and labels.numel() == len(index) else None
-        return Positions(index=index, example=index, labels=flat)
+        return Positions(index=index, example=index, labels=flat, rows=len(index))
     if kind == "spans":
         count = batch_size(inputs)
         index = torch.arange(2 * count, device=next(iter(inputs.values())).device)
-        return Positions(index=index, example=index // 2, labels=None if labels is None else labels.flatten())
+        flat = None if labels is None else labels.flatten()
+        return Positions(index=index, example=index // 2, labels=flat, rows=2 * count)
     if labels is not None:
         scored = labels != IGNORED
     else:
-        scored = tokens(inputs)
+        scored = _decoded(inputs)
         if kind == "causal":
             following = nn.functional.pad(scored, (0, 1), value=False)[..., 1:]
             scored = scored & following
     index = scored.flatten().nonzero().squeeze(-1)
-    return Positions(
-        index=index, example=index // scored.shape[-1], labels=None if labels is None else labels.flatten()[index]
-    )
+    flat = None if labels is None else labels.flatten()[index]
+    return Positions(index=index, example=index // scored.shape[-1], labels=flat, rows=scored.numel())
+
+
+def _decoded(inputs: Mapping[str, Tensor]) -> Tensor:
+    """(batch, time) bool: the real tokens that have logits: the decoder's, where its inputs are given."""
+    ids, mask = inputs.get("decoder_input_ids"), inputs.get("decoder_attention_mask")
+    if ids is None:
+        return tokens(inputs)
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 _SUFFIXES: tuple[tuple[str, Kind], ...] = (
@@ -292,9 +302,15 @@ def kind_of(model: nn.Module) -> Kind:
     """Where a model's distributions stand, from the name of its class, which is the field's convention."""
     config = getattr(model, "config", None)
     name = type(model).__name__
+    if name.endswith("ForConditionalGeneration") and not getattr(config, "is_encoder_decoder", False):
+        return "causal"  # a language model that also reads images or sound
     kind: Kind = next((kind for suffix, kind in _SUFFIXES if re.search(suffix, name)), "none")
-    regression = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) == 1
-    return "none" if kind == "rows" and regression else kind
+    return "none" if kind == "rows" and is_regression(config) else kind
+
+
+def is_regression(config: Any) -> bool:
+    """Whether a classification head of that config gives real values instead of scores of classes."""
+    return getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) == 1
 
 
 def sizes(model: nn.Module, kind: Kind | None = None) -> Sizes:

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,25 @@ def _quantize(path: Path) -> onnx_ir.Model:
     program = onnx_ir.load(str(path))
     kinds = ["MatMul", "Gemm"] if onnx_graph.has_tied_head(program) else None
     config = OnnxRuntimeDynamicConfig(per_channel=True, op_types_to_quantize=kinds)
-    quantized = OnnxRuntimeQuantizer(config).quantize(program, {}, "onnx")
+    with _without_advice():
+        quantized = OnnxRuntimeQuantizer(config).quantize(program, {}, "onnx")
     onnx_graph.strip_metadata(quantized)
     return quantized
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keeps onnxruntime's advice to optimise the graph first, which it gives for every graph, off the root logger."""
+
+    def useful(line: logging.LogRecord) -> bool:
+        return not line.getMessage().startswith("Please consider to run pre-processing")
+
+    root = logging.getLogger()
+    root.addFilter(useful)
+    try:
+        yield
+    finally:
+        root.removeFilter(useful)
 
 
 def _check_gate(

@@ -77,8 +77,6 @@ def loss_of(output: Any, inputs: Inputs) -> Tensor | None:
 
 
 def without_states(output: Any) -> Any:
-    if not isinstance(output, Mapping):
-        return output
     return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
 
 

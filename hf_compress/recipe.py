@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from . import files
 from .errors import ConfigurationError, ForeignFileError, UnknownNameError
+from .facts import Text
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class Data(_Part):
     label: str = "label"
     labels: tuple[str, ...] | None = Field(default=None, description="names of the classes, in the order of their ids")
     max_length: int = Field(default=128, ge=1, description="tokens kept of a text")
-    name: str | None = Field(default=None, description="of the data, for the record")
-    licence: str | None = None
+    name: Text | None = Field(default=None, description="of the data, for the record; None: that of the train file")
+    licence: Text | None = None
 
 
 class Fitting(_Part):
@@ -55,14 +56,16 @@ class Fitting(_Part):
 class Student(_Part):
     """What is kept of the teacher."""
 
-    layers: int | tuple[int, ...]
+    layers: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (
+        Field(description="how many, or which ones")
+    )
     keep: Literal["even", "first", "last"] = "even"
 
 
 class Baseline(_Part):
     """The same student from the same start, trained on the labels without a teacher: the better of some rates."""
 
-    learning_rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(2e-5, 5e-5, 1e-4), min_length=1)
     epochs: float = Field(default=3.0, gt=0)
 
 
@@ -72,14 +75,14 @@ class Export(_Part):
     quantize: Literal["int8"] | None = "int8"
     max_drop: float = Field(default=0.01, ge=0, le=1, description="of accuracy, that int8 may cost")
     min_agreement: float = Field(default=0.95, ge=0, le=1, description="of int8's decisions with float32's")
-    teacher: bool = Field(default=False, description="export the teacher too, to compare with")
+    teacher: bool = Field(default=False, description="export the teacher too, into its own folder, to compare with")
 
 
 class Measure(_Part):
     """How latency is taken."""
 
     threads: int = Field(default=1, ge=1)
-    batches: tuple[int, ...] = (1, 32)
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 32)
     length: int = Field(default=64, ge=1)
     runs: int = Field(default=20, ge=1)
 
@@ -110,7 +113,7 @@ class Recipe(_Part):
     teacher: Annotated[str, Field(min_length=1)]
     data: Data
     student: Student
-    output: str = "student"
+    output: str = Field(default="compressed", min_length=1, description="folder; the student lies in it as student/")
     teacher_training: Fitting | None = Field(default=None, description="fine-tune the teacher on the labels first")
     methods: tuple[Use, ...] = Field(default=(), description="empty: the default of the task")
     alpha: float | None = Field(default=None, ge=0, le=1)
@@ -156,8 +159,10 @@ def validated(kind: type[PartT], value: Mapping[str, Any], where: str) -> PartT:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
+            *above, last = map(str, first["loc"])
+            part = f"key of {'.'.join(above)} in {where}" if above else f"key in {where}"
             parent = _model_at(kind, first["loc"][:-1])
-            raise UnknownNameError(f"key in {where}", str(first["loc"][-1]), parent.model_fields) from error
+            raise UnknownNameError(part, last, parent.model_fields) from error
         raise ForeignFileError(where, f"{key}: {first['msg']}.", "Mend the value.") from error
 
 
@@ -183,7 +188,13 @@ def objectives(recipe: Recipe) -> list[Any] | None:
 
     made = []
     for use in recipe.methods:
-        objective = registry.get(use.name).load().objective
+        entry = registry.get(use.name)
+        if recipe.task not in entry.tasks:
+            raise ConfigurationError(
+                f"recipe: method {use.name!r} is for {', '.join(entry.tasks)}, not for {recipe.task}. "
+                f"`hf-compress methods --task {recipe.task}` lists those that are."
+            )
+        objective = entry.load().objective
         if objective is None:
             raise ConfigurationError(f"recipe: method {use.name!r} has no objective to train with.")
         settings = {key: tuple(item) if isinstance(item, list) else item for key, item in use.settings.items()}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .objective import Objective
 
 GROUP = "hf_compress.families"
+OWN = "hf-compress"
+"""The distribution whose methods no other can replace."""
 
 TASKS = (
     "text-classification",
@@ -94,7 +96,7 @@ class Entry:
         """
         try:
             method = importlib.import_module(self.module).METHOD
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"method {self.name!r} of distribution {self.distribution!r} cannot be imported: "
                 f"{type(error).__name__}: {error}. Reinstall or update that distribution."
@@ -114,15 +116,18 @@ class Catalogue:
 
 @cache
 def catalogue() -> Catalogue:
-    """Reads every family once. A family or method that cannot be read is reported in `broken`, the others work."""
+    """Reads every family once. A family or method that cannot be read is reported in `broken`, the others work.
+
+    Of two methods of one name our own is used, else that of the first family by name; the other one is reported.
+    """
     methods: dict[str, Entry] = {}
     broken: dict[str, str] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        distribution = point.dist.name if point.dist else "unknown distribution"
+    found = [(point.dist.name if point.dist else "unknown distribution", point) for point in entry_points(group=GROUP)]
+    for distribution, point in sorted(found, key=lambda pair: (pair[0] != OWN, pair[1].name, pair[0])):
         where = f"{point.name} ({distribution})"
         try:
             paths = _modules(point)
-        except Exception as error:  # a stranger's package may raise anything while its parent is imported
+        except (Exception, SystemExit) as error:  # a stranger's package may raise anything while its parent is imported
             broken[where] = f"{type(error).__name__}: {error}"
             continue
         for path in paths:
@@ -169,32 +174,53 @@ def _modules(point: EntryPoint) -> list[Path]:
     if spec is None or not spec.submodule_search_locations:
         raise PluginError(f"{point.value} is not a package.")
     folders = [Path(folder) for folder in spec.submodule_search_locations]
-    return sorted(path for folder in folders for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(path for folder in folders for path in folder.glob("*.py") if path.stem[0] not in "_.")
+
+
+def _declaration(tree: ast.Module, path: Path) -> ast.Call:
+    """The right-hand side of the one top-level `METHOD = Method(...)`."""
+    found = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign) and "METHOD" in [ast.unparse(target) for target in node.targets]
+    ]
+    if len(found) != 1:
+        lines = f" in lines {', '.join(str(node.lineno) for node in found)}" if found else ""
+        raise PluginError(f"{path.name}: expected one top-level `METHOD = Method(...)`, found {len(found)}{lines}.")
+    call = found[0].value
+    if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func).rpartition(".")[2] != "Method":
+        raise PluginError(f"{path.name}, line {call.lineno}: METHOD must be `Method(...)` with keywords alone.")
+    return call
+
+
+def _wrong(keyword: str, value: Any) -> str | None:
+    """What is wrong with a declared value: text, a year, tuples of task names."""
+    if keyword not in ("tasks", "default_for"):
+        kind = int if keyword == "year" else str
+        return None if isinstance(value, kind) and value else f"{keyword} must be {kind.__name__}, got {value!r}."
+    if not isinstance(value, tuple) or not all(isinstance(task, str) for task in value):
+        return f"{keyword} must be a tuple of task names, got {value!r}."
+    unknown = [task for task in value if task not in TASKS]
+    return f"unknown tasks {unknown} in {keyword}; known: {', '.join(TASKS)}." if unknown else None
 
 
 def _read(path: Path, point: EntryPoint, distribution: str) -> Entry:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:
-        raise PluginError(f"{path.name}: cannot be parsed ({error}).") from error
-    calls = [
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and [ast.unparse(target) for target in node.targets] == ["METHOD"]
-        and isinstance(node.value, ast.Call)
-    ]
-    if len(calls) != 1:
-        raise PluginError(f"{path.name}: expected one top-level `METHOD = Method(...)`, found {len(calls)}.")
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise PluginError(f"{path.name}{line}: cannot be parsed ({type(error).__name__}: {error}).") from error
     declared: dict[str, Any] = {}
     parts: dict[str, str] = {}
-    for keyword in calls[0].keywords:
+    for keyword in _declaration(tree, path).keywords:
         where = f"{path.name}, line {keyword.value.lineno}"
         if keyword.arg in _LITERALS:
             try:
                 declared[keyword.arg] = ast.literal_eval(keyword.value)
-            except ValueError as error:
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
                 raise PluginError(f"{where}: {keyword.arg} must be a literal.") from error
+            if problem := _wrong(keyword.arg, declared[keyword.arg]):
+                raise PluginError(f"{where}: {problem}")
         elif keyword.arg in PARTS and isinstance(keyword.value, ast.Name):
             parts[keyword.arg] = keyword.value.id
         elif keyword.arg in PARTS:
@@ -204,8 +230,8 @@ def _read(path: Path, point: EntryPoint, distribution: str) -> Entry:
     missing = {"title", "paper", "authors", "year", "summary", "bibtex", "tasks"} - set(declared)
     if missing:
         raise PluginError(f"{path.name}: METHOD lacks {sorted(missing)}.")
-    if unknown := [task for task in (*declared["tasks"], *declared.get("default_for", ())) if task not in TASKS]:
-        raise PluginError(f"{path.name}: unknown tasks {unknown}; known: {', '.join(TASKS)}.")
+    if not parts:
+        raise PluginError(f"{path.name}: METHOD has no part; parts are {', '.join(PARTS)}.")
     return Entry(
         name=path.stem,
         family=point.name,

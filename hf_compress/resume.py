@@ -29,3 +29,11 @@ def read_state(file: Path) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as tensors:
         keys = [key for key in tensors.keys() if file.name == SIDE_FILE or key.startswith(PREFIX)]  # noqa: SIM118
         return {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in keys}
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """The distiller's entries of a checkpoint: beside its model file, or in it, sharded or not."""
+    found: dict[str, Tensor] = {}
+    for file in (folder / SIDE_FILE, *sorted(folder.glob("model*.safetensors"))):
+        found |= read_state(file) if file.exists() else {}
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import time
@@ -9,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -19,17 +20,20 @@ from transformers import Trainer
 from . import distiller as d
 from . import objective as o
 from . import registry
-from .checks import check_labels, check_pair, check_tokenizers
+from .checks import check_apart, check_head, check_ids, check_labels, check_pair, check_tokenizers
 from .distiller import PREFIX, Counts, Distiller
 from .errors import ConfigurationError, MismatchError, NumericalError, ResumeError, UnusedLossError
 from .objective import Inputs, Kind, Objective, Signals, Step
 from .outputs import loss_of, with_loss, without_states
 from .provenance import describe_training, task_of
-from .resume import SIDE_FILE, read_state, resumed_folder
-from .taps import Taps, body, unwrap, watching
+from .resume import SIDE_FILE, read_checkpoint, resumed_folder
+from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
 from .teachers import Teacher, teacher_for
 
 logger = logging.getLogger(__name__)
+
+_BELOW = "below "
+"""Marks the denominator of an objective among the sums of an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +49,18 @@ class DistillConfig:
     data: str | None = None
     """Name of the training data for the record, e.g. its hub id."""
 
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in get_args(Kind):
+            raise ConfigurationError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
+
 
 @dataclass
 class _Sums:
     """Values added up since the last log, or over one evaluation."""
 
     values: dict[str, Tensor]
-    count: float = 0.0
+    count: int = 0
+    """Optimizer steps."""
 
     def add(self, name: str, value: Tensor) -> None:
         self.values[name] = self.values[name] + value if name in self.values else value
@@ -67,7 +76,7 @@ class Run:
         self,
         trainer: Trainer,
         student: nn.Module,
-        source: nn.Module | str | Teacher | None,
+        source: nn.Module | str | Path | Teacher | None,
         method: str | Objective | Sequence[str | Objective] | None,
         config: DistillConfig,
     ) -> None:
@@ -85,9 +94,9 @@ class Run:
         self.task_weight, factor = d.resolve_weights(objectives, config.alpha, config.task_weight)
         for objective in objectives:
             objective.weight *= factor
-        self.teacher = None if source is None else teacher_for(source, student)
-        if source is student:
-            raise ConfigurationError("student and teacher are one object. shrink() or copy the teacher first.")
+        if isinstance(source, nn.Module):
+            check_apart(student, source)
+        self.teacher = None if source is None else teacher_for(source, student, config.kind)
         theirs = None if self.teacher is None else self.teacher.sizes
         self.needs = [objective.needs(self.sizes, theirs) for objective in objectives]
         if self.teacher is None and any(need.teacher is not None for need in self.needs):
@@ -95,9 +104,19 @@ class Run:
             raise ConfigurationError(f"{names} need a teacher: DistillCallback(teacher, method=…).")
         if self.teacher is not None:
             check_pair(self.needs, self.sizes, self.teacher.sizes)
-            check_tokenizers(trainer.processing_class, self.teacher)
-        if sum(objective.overrides("batch") for objective in objectives) > 1:
-            raise ConfigurationError("two methods of one run rewrite the batch; use one of them.")
+        self._distributions = any(objective.overrides("per_position") for objective in objectives)
+        if self._distributions:
+            check_head(self.sizes)
+        for method_name in ("batch", "teacher_batch"):
+            if sum(objective.overrides(method_name) for objective in objectives) > 1:
+                raise ConfigurationError(f"two methods of one run rewrite the {method_name}; use one of them.")
+        self._shared_ids = (
+            self.teacher is not None
+            and getattr(unwrap(student), "main_input_name", None) == "input_ids"
+            and not any(objective.overrides("teacher_batch") for objective in objectives)
+        )
+        if self.teacher is not None and self._shared_ids:
+            check_tokenizers(trainer.processing_class, self.sizes, self.teacher.sizes)
         self.distiller = Distiller(objectives)
         self.columns = frozenset().union(*(need.columns for need in self.needs))
         self._taps: Taps | None = None
@@ -119,7 +138,7 @@ class Run:
         self._reached = self._label_column = False
         self._step: Step | None = None
         self._inputs: Inputs | None = None
-        self._own_states = False
+        self._own_states = self._tuple = False
 
     @property
     def trainer(self) -> Trainer:
@@ -150,6 +169,7 @@ class Run:
             self._taps = Taps(self.student, names, self.sizes.layers)
             if not self._built:
                 self._build()
+                self._initial = {name: buffer.clone() for name, buffer in self.distiller.named_buffers()}
             self.distiller.to(device)
             self.student.distiller = self.distiller
             self._handles = [
@@ -168,14 +188,15 @@ class Run:
             return
         device = self.trainer.args.device
         inputs = dry_inputs(self.student, self.trainer, device)
-        mode = [module for module in self.student.modules() if module.training]
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), evaluating(self.student):
             torch.manual_seed(self.trainer.args.seed)
-            self.student.eval().to(device)
+            self.student.to(device)
             assert self._taps is not None  # attach has just made it
             given: dict[str, Any] = dict(inputs)
             if self._taps.hidden_states:
                 given["output_hidden_states"] = True
+            if returns_tuple(self.student, given):
+                given["return_dict"] = True
             with watching(self._taps):
                 output = self.student(**given)
             student = {name: tensor.shape for name, tensor in self._taps.read(output).items()}
@@ -183,8 +204,6 @@ class Run:
             teacher = {k: v.shape for k, v in self.teacher(inputs).items()} if wanted and self.teacher else {}
             for objective in self.distiller.objectives:
                 objective.build(student, teacher)
-        for module in mode:
-            module.training = True
 
     def _wrap(self, trainer: Trainer) -> None:
         """Wraps what the Trainer calls; each wrapper is an attribute of the instance and is undone by `detach`."""
@@ -227,6 +246,7 @@ class Run:
             self._taps = None
         if self.teacher is not None:
             self.teacher.close()
+        self._loaded = None
 
     # ------------------------------------------------------------------ life cycle
 
@@ -247,6 +267,9 @@ class Run:
             )
         if state.global_step > 0:
             self._check_resumed(state.global_step)
+        else:  # a second train(), or a retry with a smaller batch, starts its schedules anew
+            for name, buffer in self.distiller.named_buffers():
+                buffer.copy_(self._initial[name])
         self._loaded = None
 
     def _note_loaded(self, _module: nn.Module, keys: Any) -> None:
@@ -260,9 +283,7 @@ class Run:
         folder = resumed_folder()
         missing = wanted
         if folder is not None:
-            found: dict[str, Tensor] = {}
-            for file in (folder / SIDE_FILE, folder / "model.safetensors"):
-                found |= read_state(file) if file.exists() else {}
+            found = read_checkpoint(folder)
             missing = wanted - set(found)
             if not missing:
                 self.distiller.load_state_dict(found)
@@ -276,18 +297,22 @@ class Run:
         """Writes our state beside a checkpoint that holds adapters only."""
         state = self.distiller.state_dict()
         if state and hasattr(self.student, "peft_config") and folder.is_dir():
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / SIDE_FILE)
+            part = folder / f"{SIDE_FILE}.part"
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
+            part.replace(folder / SIDE_FILE)
 
     def end(self) -> None:
         """End of `train()`: last words of the methods, the record, and a clean student."""
-        if self._step is not None:
-            for objective in self.distiller.objectives:
-                objective.finish(self._step)
-        config = getattr(unwrap(self.student), "config", None)
-        if config is not None:
-            record = describe_training(self, seconds=time.monotonic() - self._started)
-            config.compression = record.model_dump(mode="json", exclude_none=True)
-        self.detach()
+        try:
+            if self._step is not None:
+                for objective in self.distiller.objectives:
+                    objective.finish(self._step)
+            config = getattr(unwrap(self.student), "config", None)
+            if config is not None:
+                record = describe_training(self, seconds=time.monotonic() - self._started)
+                config.compression = record.model_dump(mode="json", exclude_none=True)
+        finally:
+            self.detach()
 
     # ------------------------------------------------------------------ the window
 
@@ -302,9 +327,12 @@ class Run:
     def begin_window(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Counts the accumulation window over all processes, before its first forward."""
         self._label_column = any("labels" in batch for batch in batches)
-        for batch in batches:
-            check_labels(self.kind, self.sizes.vocab, dict(batch))
-        counts = d.count(self.kind, [dict(batch) for batch in batches], self.distiller.objectives)
+        tensors = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
+        for inputs in tensors:
+            check_labels(self.kind, self.sizes.vocab, inputs, distributions=self._distributions)
+            if self.teacher is not None and self._shared_ids:
+                check_ids(self.teacher.sizes, inputs)
+        counts = d.count(self.kind, tensors, self.distiller.objectives)
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
             values = accelerator.reduce(counts.to_tensor().to(self.trainer.args.device), reduction="sum")
@@ -324,6 +352,7 @@ class Run:
         cached = any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
         measuring = self._evaluating is not None and not training and not cached and self.teacher is not None
         seen = {name: value for name, value in inputs.items() if name not in self.columns}
+        self._measure_pending()
         if not training and not measuring:
             return (), seen
         if missing := self.columns - inputs.keys():
@@ -331,17 +360,22 @@ class Run:
                 f"the batch lacks {sorted(missing)}, which {[x.name for x in self.distiller.objectives]} need; it has "
                 f"{sorted(inputs)}. Add them to the data set and to what the collator passes on."
             )
-        if training:
+        if training or self._step is None:
             self._step = self._make_step()
+        if training:
             for objective in self.distiller.objectives:
                 if objective.overrides("batch"):
                     inputs = objective.batch(inputs, self._step)
             seen = {name: value for name, value in inputs.items() if name not in self.columns}
         self._inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         assert self._taps is not None  # the hooks exist only while the taps do
-        self._own_states = self._taps.hidden_states and not seen.get("output_hidden_states")
+        asked = seen.get("output_hidden_states") or getattr(self.sizes.config, "output_hidden_states", False)
+        self._own_states = self._taps.hidden_states and not asked
         if self._own_states:
             seen["output_hidden_states"] = True
+        self._tuple = returns_tuple(self.student, seen)
+        if self._tuple:
+            seen["return_dict"] = True
         self._taps.start()
         return (), seen
 
@@ -354,22 +388,27 @@ class Run:
             return output
         signals = self._signals(inputs, output)
         clean = without_states(output) if self._own_states else output
-        if not self._is_training():
-            self._measure(signals, inputs)
-            return clean
         if self.trainer.compute_loss_func is not None and "labels" not in inputs:
             self.pending = (inputs, signals)
-            return clean
-        own = None if isinstance(output, Tensor) else loss_of(output, inputs)
-        return with_loss(clean, self._total(inputs, signals, own))
+        elif self._is_training():
+            own = None if isinstance(output, Tensor) else loss_of(output, inputs)
+            clean = with_loss(clean, self._total(inputs, signals, own))
+        else:
+            self._measure(signals, inputs)
+        return clean.to_tuple() if self._tuple else clean
 
-    def finish_pending(self, outputs: Any, labels: Any, compute_loss_func: Callable[..., Tensor]) -> Tensor:
+    def finish_pending(
+        self, outputs: Any, labels: Any, compute_loss_func: Callable[..., Tensor], num_items_in_batch: Any
+    ) -> Tensor:
         """The loss of a batch whose labels the Trainer had taken out for a loss function of the user's."""
         assert self.pending is not None  # `DistillCallback.loss` asks first
         (inputs, signals), self.pending = self.pending, None
         if labels is not None:
             inputs = inputs | {"labels": labels}
             signals = Signals(**{**vars(signals), "inputs": inputs, "positions": o.positions(self.kind, inputs)})
+        if not self._is_training():
+            self._measure(signals, inputs)
+            return compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         window = self.window or d.count(self.kind, [inputs], self.distiller.objectives)
         own = compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(max(window.labels, 1.0)))
         return self._total(inputs, signals, own, normalised=True)
@@ -388,7 +427,8 @@ class Run:
         if self.teacher is not None and any(need.teacher for need in self.needs):
             given = inputs
             for objective in self.distiller.objectives:
-                if self._step is not None and objective.overrides("teacher_batch"):
+                assert self._step is not None  # made by the pre-hook
+                if objective.overrides("teacher_batch"):
                     given = objective.teacher_batch(given, self._step)
             seen = self.teacher(given)
         return Signals(
@@ -420,8 +460,8 @@ class Run:
             self._means.add(f"{term.key}\n{term.name}", term.value.detach())
             self.sums.add(f"distill/{term.name}", term.value.detach())
             self.sums.add("distill_loss", term.weight * term.value.detach())
-        if task is not None:
-            self.sums.add("task_loss", task.detach())
+        if own is not None and window.labels:  # of all processes: one whose batch has no labels logs the same names
+            self.sums.add("task_loss", torch.zeros_like(total) if task is None else task.detach())
         if not total.requires_grad:
             raise UnusedLossError(
                 "nothing that is trained reaches the loss: the batch has no labels and no term has a gradient. "
@@ -465,7 +505,7 @@ class Run:
 
     def check_used(self) -> None:
         """Raises unless every loss that was returned has been differentiated; no weight has changed yet."""
-        if self.waiting:
+        if self.waiting or self.pending is not None:
             raise UnusedLossError(
                 "the Trainer did not use the loss with the distillation terms: a subclass's compute_loss, or a fused "
                 "loss, computes its own. Let it use outputs.loss, or pass Trainer(compute_loss_func=callback.loss(f))."
@@ -487,9 +527,10 @@ class Run:
         ]
         if inner is not None and lost:
             names = [objective.name for objective in self.distiller.objectives]
+            why = "the batch has no labels" if self.task_weight else "the task's own loss has weight 0"
             raise ConfigurationError(
-                f"nothing reaches {lost[:3]}: the batch has no labels and {names} do not teach the head. "
-                "Add labels or a method on logits, e.g. method=['kd', ...], or freeze the head."
+                f"nothing reaches {lost[:3]}: {why} and {names} do not teach the head. Add labels (with a task_weight "
+                "above 0) or a method on logits, e.g. method=['kd', ...], or freeze the head."
             )
 
     def end_step(self) -> None:
@@ -522,11 +563,12 @@ class Run:
                 logs.update({name: value.item() / self.sums.count for name, value in values.items()})
                 self.sums = _Sums({})
             if self._evaluating is not None and f"{self._evaluating[0]}_runtime" in logs:
+                self._measure_pending()
                 prefix, sums = self._evaluating
-                values = self._over_ranks(sums.values | {"": torch.tensor(sums.count, device=self.trainer.args.device)})
-                examples = values.pop("").item()
-                if examples and values:
-                    logs[f"{prefix}_distill_loss"] = sum(value.item() for value in values.values()) / examples
+                values = self._over_ranks(sums.values)
+                if any(values[_BELOW + key].item() for key in self.distiller):
+                    means = [values[key] / values[_BELOW + key].clamp(min=1) for key in self.distiller]
+                    logs[f"{prefix}_distill_loss"] = sum(mean.item() for mean in means)
             original(logs, *args, **kwargs)
 
         return log
@@ -535,27 +577,40 @@ class Run:
         def evaluate(
             eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
         ) -> dict[str, float]:
-            outer, self._evaluating = self._evaluating, (metric_key_prefix, _Sums({}))
+            nothing = torch.zeros((), device=self.trainer.args.device)
+            sums = _Sums({name: nothing for key in self.distiller for name in (key, _BELOW + key)})
+            outer, self._evaluating = self._evaluating, (metric_key_prefix, sums)
             try:
                 return original(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
             finally:
-                self._evaluating = outer
+                self._evaluating, self.pending = outer, None
 
         return evaluate
 
     def _measure(self, signals: Signals, inputs: Inputs) -> None:
-        """Adds the terms of one evaluation batch: mean over its own positions, weighed by its examples."""
+        """Adds up one evaluation batch: each objective's values, and what they are divided by in the end."""
         assert self._evaluating is not None  # the pre-hook watches only then
-        step, local = self._step or self._make_step(), d.count(self.kind, [inputs], self.distiller.objectives)
-        sums = self._evaluating[1]
+        assert self._step is not None  # made by the pre-hook
+        local, sums = d.count(self.kind, [inputs], self.distiller.objectives), self._evaluating[1]
+        below = {}
+        for place, (key, need) in enumerate(zip(self.distiller, self.needs, strict=True)):
+            below[key] = torch.tensor(d.denominator(place, need, local), device=self.trainer.args.device)
+            sums.add(_BELOW + key, below[key])
         with torch.no_grad():
-            for term in d.terms(self.distiller, self.needs, signals, step, local, local):
-                sums.add(term.name, term.weight * term.value * signals.examples)
-        sums.count += signals.examples
+            for term in d.terms(self.distiller, self.needs, signals, self._step, local, local):
+                sums.add(term.key, term.weight * term.value * below[term.key])
+
+    def _measure_pending(self) -> None:
+        """Measures an evaluation batch whose labels no loss function of the user's came for: it had none."""
+        if self._evaluating is not None and self.pending is not None and not self._is_training():
+            (inputs, signals), self.pending = self.pending, None
+            self._measure(signals, inputs)
 
 
 def resolve_methods(method: str | Objective | Sequence[str | Objective] | None, task: str) -> list[Objective]:
-    """The objectives that the user asked for, or the default of the task.
+    """Copies of the objectives that the user asked for, or the default of the task.
+
+    Copies, because a run changes state and weights, and `model_init` starts several runs from one list.
 
     Raises:
         UnknownNameError: for an unknown name, with the nearest.
@@ -574,7 +629,7 @@ def resolve_methods(method: str | Objective | Sequence[str | Objective] | None, 
     found: list[Objective] = []
     for one in chosen:
         if isinstance(one, Objective):
-            found.append(one)
+            found.append(copy.deepcopy(one))
             continue
         objective = registry.get(one).load().objective
         if objective is None:

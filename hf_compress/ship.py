@@ -1,7 +1,7 @@
 """From a recipe to a model that is exported, measured, described and pushed: stages that a killed run resumes.
 
 Each stage writes its product whole or not at all, and then notes in `stages.json` from what it was made. A stage whose
-note still holds is passed over; a changed recipe runs again what depends on the change.
+note still holds and whose product is there is passed over; a changed recipe runs again what depends on the change.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +22,14 @@ import datasets
 import transformers
 from hf_compress_cards import card
 from hf_compress_evaluation import folder as evaluation
-from hf_compress_evaluation.examples import Examples, examples, read_rows
+from hf_compress_evaluation.examples import Examples, classes, examples, read_rows
+from hf_compress_evaluation.quality import longest
 from hf_compress_evaluation.task import Task
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from . import facts, files, fitting, hub
 from .callback import DistillCallback
-from .errors import ConfigurationError, MismatchError
+from .errors import ConfigurationError, ForeignFileError, GateError, MismatchError
 from .facts import Measurement, Record
 from .onnx import Gate, export_onnx, quantize_onnx
 from .recipe import Recipe, objectives
@@ -36,6 +38,19 @@ from .shrinking import shrink
 logger = logging.getLogger(__name__)
 
 NOTES = "stages.json"
+AFTER: dict[str, tuple[str, ...]] = {
+    "teacher": (),
+    "alone": ("teacher",),
+    "student-labelled": ("teacher",),
+    "student": ("teacher",),
+    "export": ("student",),
+    "evaluate": ("export", "alone", "student-labelled"),
+    "card": ("evaluate",),
+    "push": ("card",),
+}
+"""What each stage is made from, in the order in which they run."""
+FOLDERS = ("teacher", "alone", "alone-candidates", "student-labelled", "student", "commit")
+"""What stages write, and replace, in the output folder."""
 Tell = Callable[[str], None]
 
 
@@ -61,11 +76,9 @@ def run(recipe: Recipe, *, tell: Tell = logger.info, progress: bool = True) -> S
 
     Raises:
         HfCompressError: of the stage that failed; what earlier stages made is kept.
+        OSError: if the output folder cannot be written.
     """
     work = _Work(recipe, tell, progress)
-    if recipe.push is not None:
-        repository, endpoint = repository_of(recipe.push)
-        hub.authorize(repository, endpoint=endpoint)  # a push that cannot work is found before training
     work.check()
     for name, stage, inputs in work.stages():
         work.once(name, stage, inputs)
@@ -83,22 +96,21 @@ class _Work:
     def __init__(self, recipe: Recipe, tell: Tell, progress: bool) -> None:
         self.recipe, self.tell, self.progress = recipe, tell, progress
         self.output = Path(recipe.output)
-        self.output.mkdir(parents=True, exist_ok=True)
         self.student = self.output / "student"
         self.notes_file = self.output / NOTES
         notes = files.read_json(self.notes_file) if self.notes_file.exists() else {}
         self.notes: dict[str, str] = {str(key): str(value) for key, value in notes.items()}
         self.ran: list[str] = []
-        self.chain = ""
+        self.chains: dict[str, str] = {}
 
     def stages(self) -> list[tuple[str, Callable[[], None], Any]]:
-        """Name, action and the settings that decide its product, in order; each depends on those before it."""
+        """Name, action and the settings that decide its product, in order; `AFTER` says what else does."""
         recipe = self.recipe
-        made: list[tuple[str, Callable[[], None], Any]] = [
-            ("teacher", self._teacher, [recipe.teacher, recipe.teacher_training, recipe.seed, self._data_digest])
-        ]
+        origin = [recipe.teacher, self._teacher_digest, recipe.teacher_training, recipe.seed, self._data_digest]
+        made: list[tuple[str, Callable[[], None], Any]] = [("teacher", self._teacher, origin)]
         if recipe.alone is not None:
-            made.append(("alone", self._alone, [recipe.alone, recipe.student, recipe.training]))
+            shared = recipe.training.model_dump(exclude={"learning_rate", "epochs"})
+            made.append(("alone", self._alone, [recipe.alone, recipe.student, shared]))
         how = [recipe.methods, recipe.alpha, recipe.task_weight, recipe.training, recipe.student]
         if recipe.labelled_only:
             made.append(("student-labelled", lambda: self._distil("student-labelled", unlabelled=False), how))
@@ -110,21 +122,45 @@ class _Work:
         return made
 
     def once(self, name: str, stage: Callable[[], None], inputs: Any) -> None:
-        """Runs a stage unless its note says that it was done from the same inputs."""
-        text = json.dumps([name, inputs], default=_plain, sort_keys=True)
-        self.chain = hashlib.sha256((self.chain + text).encode()).hexdigest()
-        if self.notes.get(name) == self.chain:
+        """Runs a stage unless its note says that it was done from the same inputs, and its product is there."""
+        before = [self.chains[other] for other in AFTER[name] if other in self.chains]
+        text = json.dumps([name, inputs, before], default=_plain, sort_keys=True)
+        chain = self.chains[name] = hashlib.sha256(text.encode()).hexdigest()
+        if self.notes.get(name) == chain and self._product(name).exists():
             self.tell(f"{name}: done already")
             return
-        self.tell(f"{name}: {_SAID.get(name, name)}")
+        self.tell(f"{name}: {_SAID[name]}")
+        if self.notes.get(f"{name}, begun") != chain:  # what a killed run left is of other settings
+            shutil.rmtree(fitting.unfinished(self.output / name), ignore_errors=True)
+            shutil.rmtree(self.output / f"{name}-candidates", ignore_errors=True)
+        for stale in _depending(name):
+            self.notes.pop(stale, None)
+        self._note(f"{name}, begun", chain)
         stage()
         self.ran.append(name)
-        self.notes[name] = self.chain
+        del self.notes[f"{name}, begun"]
+        self._note(name, chain)
+
+    def _note(self, name: str, chain: str) -> None:
+        self.notes[name] = chain
         files.write_text(self.notes_file, json.dumps(self.notes, indent=1) + "\n")
 
+    def _product(self, name: str) -> Path:
+        """The file that a stage leaves; of a teacher that is only checked, the notes."""
+        if name == "teacher" and self.recipe.teacher_training is None:
+            return self.notes_file
+        made = {
+            "export": self.student / "onnx" / "model.onnx",
+            "evaluate": self.student / facts.FILE,
+            "card": self.student / card.FILE,
+            "push": self.output / ("commit" if self.recipe.push is None else "destination.txt"),
+        }
+        return made.get(name, self.output / name / "config.json")
+
     def check(self) -> None:
-        """Everything that can be found out before anything is trained."""
+        """Everything that can be found out before anything is trained; nothing is left behind if it is refused."""
         objectives(self.recipe)
+        self._check_output()
         if self.recipe.alone is not None and self.recipe.data.choice is None:
             raise ConfigurationError("recipe: `alone` chooses a learning rate on data.choice, which is not given.")
         if self.recipe.export.quantize and self._gate_rows is None:
@@ -135,6 +171,50 @@ class _Work:
         for part in ("train", "unlabelled", "choice", "test"):
             if getattr(self.recipe.data, part) is not None:
                 self.rows(part)
+        self._check_teacher()
+        if self.recipe.push is not None:
+            repository, endpoint = repository_of(self.recipe.push)
+            hub.authorize(repository, endpoint=endpoint)
+        self.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.output):
+            pass  # it can be written
+
+    def _check_output(self) -> None:
+        """Stages replace whole folders, so those of somebody else must not lie there."""
+        held = [name for name in (*FOLDERS, "config.json") if (self.output / name).exists()]
+        if held and not self.notes_file.exists():
+            raise ConfigurationError(
+                f"{self.output} holds {held[0]}, and no run of a recipe made it (there is no {NOTES}); it would be "
+                "replaced. Choose another output."
+            )
+        trained = self.recipe.teacher_training is not None
+        if trained and Path(self.recipe.teacher).resolve() == (self.output / "teacher").resolve():
+            raise ConfigurationError(f"{self.recipe.teacher} would be replaced by its trained copy. Move one of them.")
+
+    def _check_teacher(self) -> None:
+        layers, depth = self.recipe.student.layers, self._teacher_config.get_text_config().num_hidden_layers
+        if (layers if isinstance(layers, int) else max(layers) + 1) > depth:
+            raise ConfigurationError(f"recipe: student.layers is {layers}, and the teacher has {depth} layers.")
+        if len(self.labels) < 2:
+            raise ConfigurationError(
+                f"recipe: {len(self.labels)} class ({', '.join(self.labels)}) is too few to learn."
+            )
+
+    # ------------------------------------------------------------------ teacher as it is given
+
+    @cached_property
+    def _teacher_config(self) -> Any:
+        try:
+            return transformers.AutoConfig.from_pretrained(self.recipe.teacher, trust_remote_code=False)
+        except (OSError, ValueError) as error:  # what transformers raises for a folder, a name, a file or a connection
+            raise _unloadable(self.recipe.teacher, error) from error
+
+    @cached_property
+    def _teacher_digest(self) -> dict[str, str]:
+        """What lies in a teacher's folder; that of a hub id is its name."""
+        folder = Path(self.recipe.teacher)
+        found = [*folder.glob("*.safetensors"), *folder.glob("*.json")] if folder.is_dir() else []
+        return {path.name: files.sha256(path) for path in found if path.name != facts.FILE}
 
     # ------------------------------------------------------------------ data
 
@@ -145,20 +225,21 @@ class _Work:
         if given is not None:
             return {name: index for index, name in enumerate(given)}
         if self.recipe.teacher_training is None:
-            config = transformers.AutoConfig.from_pretrained(self.recipe.teacher, trust_remote_code=False)
-            return dict(config.label2id)
-        column = read_rows(Path(self.recipe.data.train))[self.recipe.data.label]
-        if all(isinstance(value, int) for value in column):
-            return {f"LABEL_{index}": index for index in range(max(column) + 1)}
-        return {str(name): index for index, name in enumerate(sorted(set(column)))}
+            return dict(self._teacher_config.label2id)
+        data = self.recipe.data
+        return classes(read_rows(Path(data.train)), data.label, name=self._name("train"))
+
+    def _name(self, part: str) -> str:
+        """Of one part of the data, for the record; from the name of its file where the recipe gives none."""
+        data = self.recipe.data
+        return f"{data.name}, {part}" if data.name else Path(getattr(data, part)).name.split(".")[0]
 
     def rows(self, part: str) -> Examples:
         """The texts and labels of one file of the recipe."""
         data = self.recipe.data
-        path = Path(getattr(data, part))
         return examples(
-            read_rows(path),
-            name=f"{data.name or path.parent.name}, {part}",
+            read_rows(Path(getattr(data, part))),
+            name=self._name(part),
             text=data.text,
             label=None if part == "unlabelled" else data.label,
             label2id=self.labels,
@@ -171,9 +252,11 @@ class _Work:
         settings = self.recipe.data.model_dump(exclude={"train", "unlabelled", "choice", "test"})
         return [settings, {name: files.sha256(Path(getattr(self.recipe.data, name))) for name in parts}]
 
-    def encoded(self, part: str, tokenizer: Any) -> datasets.Dataset:
+    def encoded(self, part: str, model: PreTrainedModel, tokenizer: Any) -> datasets.Dataset:
+        """Token ids of one file, cut to what the recipe wants and the model takes."""
         rows = self.rows(part)
-        return fitting.encode(tokenizer, rows.texts, rows.labels, self.recipe.data.max_length)
+        kept = min(self.recipe.data.max_length, longest(model, tokenizer))
+        return fitting.encode(tokenizer, rows.texts, rows.labels, kept)
 
     @property
     def _gate_rows(self) -> str | None:
@@ -192,23 +275,19 @@ class _Work:
             self._load_teacher()
             return
         transformers.set_seed(recipe.seed)
-        body = AutoModelForSequenceClassification.from_pretrained(
+        body = _loaded(
             recipe.teacher,
             num_labels=len(self.labels),
             id2label={index: name for name, index in self.labels.items()},
             label2id=self.labels,
-            trust_remote_code=False,
-            use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(recipe.teacher, trust_remote_code=False)
-        rows = self.encoded("train", tokenizer)
+        rows = self.encoded("train", body, tokenizer)
         target = self.output / "teacher"
         fitting.fit(body, tokenizer, rows, recipe.teacher_training, target, seed=recipe.seed, progress=self.progress)
 
     def _load_teacher(self) -> PreTrainedModel:
-        teacher, report = AutoModelForSequenceClassification.from_pretrained(
-            self.teacher, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
+        teacher, report = _loaded(self.teacher, output_loading_info=True)
         if report["missing_keys"]:
             raise MismatchError(
                 f"the teacher has no weights for {sorted(report['missing_keys'])[:3]}. Give a fine-tuned classifier, "
@@ -230,35 +309,35 @@ class _Work:
         scores: dict[str, float] = {}
         for rate in self.recipe.alone.learning_rates:
             _, student, tokenizer = self._start()
-            target = candidates / f"{rate:g}"
+            target = candidates / f"alone-{rate:g}"
             settings = {"learning_rate": rate, "epochs": self.recipe.alone.epochs}
             how = self.recipe.training.model_copy(update=settings)
             done = target / "score.json"
             if not done.exists():
-                rows = self.encoded("train", tokenizer)
+                rows = self.encoded("train", student, tokenizer)
                 fitting.fit(student, tokenizer, rows, how, target, seed=self.recipe.seed, progress=self.progress)
-                score = fitting.accuracy(student, tokenizer, self.encoded("choice", tokenizer))
+                score = fitting.accuracy(student, tokenizer, self.encoded("choice", student, tokenizer))
                 files.write_text(done, json.dumps({"accuracy": score}))
             scores[f"{rate:g}"] = files.read_json(done)["accuracy"]
         best = max(scores, key=lambda rate: scores[rate])
         with files.atomic_folder(self.output / "alone") as part:
-            shutil.copytree(candidates / best, part, dirs_exist_ok=True)
+            shutil.copytree(candidates / f"alone-{best}", part, dirs_exist_ok=True)
             (part / "score.json").unlink()
             files.write_text(part / "choice.json", json.dumps({"chosen": best, "accuracy": scores}, indent=1))
         shutil.rmtree(candidates, ignore_errors=True)
 
     def _distil(self, name: str, *, unlabelled: bool) -> None:
         teacher, student, tokenizer = self._start()
-        rows = self.encoded("train", tokenizer)
+        rows = self.encoded("train", student, tokenizer)
         data = self.recipe.data
         if unlabelled and data.unlabelled is not None:
-            rows = datasets.concatenate_datasets([rows, self.encoded("unlabelled", tokenizer)])
+            rows = datasets.concatenate_datasets([rows, self.encoded("unlabelled", student, tokenizer)])
         callback = DistillCallback(
             teacher,
             objectives(self.recipe),
             alpha=self.recipe.alpha,
             task_weight=self.recipe.task_weight,
-            data=data.name or Path(data.train).parent.name,
+            data=data.name or self._name("train"),
         )
         fitting.fit(
             student,
@@ -274,6 +353,7 @@ class _Work:
     def _export(self) -> None:
         settings = self.recipe.export
         shutil.rmtree(self.student / "onnx-int8", ignore_errors=True)  # of another float32 graph
+        facts.save(self.student, _without(facts.load(self.student), lambda m: m.variant != "torch"))
         export(self.student, tell=self.tell)
         if settings.teacher and Path(self.teacher).is_dir():
             export(Path(self.teacher), tell=self.tell)
@@ -285,28 +365,38 @@ class _Work:
                 max_drop=settings.max_drop,
                 min_agreement=settings.min_agreement,
             )
-            quantize_onnx(self.student, gate=gate, progress=self._told("int8"))
+            try:
+                quantize_onnx(self.student, gate=gate, progress=self._told("int8"))
+            except GateError as error:  # the float32 graph is what such a model has
+                self.tell(f"  int8: not kept. {error}")
 
     def _told(self, what: str) -> Tell:
         return lambda line: self.tell(f"  {what}: {line}")
 
     def _evaluate(self) -> None:
+        if self.recipe.data.test is None:
+            self.tell("  no data.test: quality and latency are not measured, and the card will say so")
+            facts.save(self.student, _without(facts.load(self.student), lambda m: m.metric == "choice_accuracy"))
+        else:
+            facts.save(self.student, _without(facts.load(self.student), lambda m: m.metric not in _OF_EXPORT))
+            self._measure(self.recipe.data.test)
+        if self.recipe.alone is not None:
+            chosen = _choices(self.output / "alone", self.rows("choice").data, self.recipe.seed)
+            facts.append(self.student, *chosen)
+
+    def _measure(self, test: str) -> None:
         data, measure = self.recipe.data, self.recipe.measure
-        if data.test is None:
-            self.tell("  no data.test: quality is not measured, and the card will say so")
-            return
-        facts.save(self.student, _without_scores(facts.load(self.student)))
         others = {"student-labelled": self.output / "student-labelled"} if self.recipe.labelled_only else {}
         alone = self.output / "alone" if self.recipe.alone is not None else None
         evaluation.evaluate_folder(
             self.student,
             task=Task(
                 task=self.recipe.task,
-                data=data.test,
+                data=test,
                 text=data.text,
                 label=data.label,
                 max_length=data.max_length,
-                name=f"{data.name or Path(data.test).parent.name}, test",
+                name=self._name("test"),
                 licence=data.licence,
             ),
             teacher=self.teacher,
@@ -317,8 +407,6 @@ class _Work:
             seed=self.recipe.seed,
             progress=self.progress,
         )
-        if alone is not None:
-            facts.append(self.student, *_choices(alone, self.rows("choice").data, self.recipe.seed))
 
     def _card(self) -> None:
         repository = None if self.recipe.push is None else repository_of(self.recipe.push)[0]
@@ -329,7 +417,8 @@ class _Work:
             folder = hub.write_commit(self.student, self.output / "commit")
             said = (
                 f"No repository was named, so nothing was pushed. The commit was checked in full and written to "
-                f"{folder.name}/ beside the student; `hf-compress push STUDENT OWNER/NAME` sends the same files."
+                f"{folder.name}/ beside {self.student.name}/; `hf-compress push {self.output.name}/{self.student.name} "
+                f"OWNER/NAME` sends the same files."
             )
         else:
             repository, endpoint = repository_of(self.recipe.push)
@@ -378,13 +467,37 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
 
 
-def _without_scores(record: Record) -> Record:
-    """A record without what a repeated evaluation measures again; what the export measured stays."""
-    kept = tuple(m for m in record.measurements if m.metric in ("parity_max_abs_diff", *_OF_EXPORT))
-    return record.model_copy(update={"measurements": kept})
+def _loaded(source: str, **settings: Any) -> Any:
+    """A classifier from safetensors without remote code, and what `settings` ask for beside it."""
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, **settings
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(source, error) from error
 
 
-_OF_EXPORT = ("agreement_with_fp32", "accuracy_drop")
+def _unloadable(teacher: str, error: Exception) -> ForeignFileError:
+    said = " ".join(str(error).split()).rstrip(".")
+    return ForeignFileError(teacher, f"cannot be loaded as the teacher ({said}).", "Give a model folder or a hub id.")
+
+
+def _depending(name: str) -> set[str]:
+    """A stage and all that is made from its product."""
+    found = {name}
+    for stage, before in AFTER.items():
+        if found.intersection(before):
+            found.add(stage)
+    return found
+
+
+def _without(record: Record, stale: Callable[[Measurement], bool]) -> Record:
+    """A record without measurements that a repeated stage takes again."""
+    return record.model_copy(update={"measurements": tuple(m for m in record.measurements if not stale(m))})
+
+
+_OF_EXPORT = ("parity_max_abs_diff", "agreement_with_fp32", "accuracy_drop")
+"""Metrics that the export measures and the evaluation does not."""
 
 
 def _choices(alone: Path, data: facts.Data, seed: int) -> list[Measurement]:

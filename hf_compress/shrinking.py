@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Keep = Literal["even", "first", "last"]
+_PLACE_OR_MODE = "^_|layer_|idx|drop|training|checkpointing"
+"""Names of attributes that do not tell what a block computes: its number, how it is trained; some models raise their
+dropout with depth."""
+REMEDY = "Build the student from a config of your own and pass it to the Trainer."
 
 
 def shrink(teacher: PreTrainedModel, *, layers: int | Sequence[int], keep: Keep = "even") -> PreTrainedModel:
@@ -30,37 +34,87 @@ def shrink(teacher: PreTrainedModel, *, layers: int | Sequence[int], keep: Keep 
         keep: which ones, where a number is given: evenly spread (the first and the last among them), first, or last.
 
     Raises:
-        ConfigurationError: naming what cannot be mapped: two stacks, no stack, indices out of range.
+        ConfigurationError: naming what cannot be mapped: two stacks, no stack, indices out of range, a block that
+            works differently in another place.
     """
     stack = _stack(teacher)
     depth = teacher.config.get_text_config().num_hidden_layers
     chosen = _choose(depth, layers, keep)
-    config = copy.deepcopy(teacher.config)
-    inner = config.get_text_config()
-    inner.num_hidden_layers = len(chosen)
-    for name, value in vars(inner).items():
-        if isinstance(value, list) and len(value) == depth and name.endswith("layer_types"):
-            setattr(inner, name, [value[layer] for layer in chosen])
-    for name in ("compression", "_name_or_path"):
-        vars(config).pop(name, None)
-    config.compression_start = f"layers {', '.join(map(str, chosen))} of {depth} of the teacher"
+    config = _config(teacher, chosen, depth)
     with torch.random.fork_rng():  # the random initial weights are all replaced
         student = type(teacher)(config)
     student.to(teacher.dtype)
-    weights = _renumbered(teacher.state_dict(), stack, chosen)
-    report = student.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, strict=False)
-    tied = set(getattr(student, "all_tied_weights_keys", None) or ())
-    left = [name for name in (*report.missing_keys, *report.unexpected_keys) if name not in tied]
-    if left:
-        raise ConfigurationError(
-            f"shrink cannot map {left[:3]} of {type(teacher).__name__} to a model with {len(chosen)} layers. "
-            "Build the student from a config of your own and pass it to the Trainer."
-        )
+    _carry_over(teacher, student, stack, chosen)
     student.tie_weights()
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     device: Any = teacher.device
     return student.to(device).train(teacher.training)
+
+
+def _config(teacher: PreTrainedModel, chosen: list[int], depth: int) -> Any:
+    """The teacher's config for the chosen layers.
+
+    Raises:
+        ConfigurationError: if such a config could be saved but not loaded.
+    """
+    config = copy.deepcopy(teacher.config)
+    inner = config.get_text_config()
+    inner.num_hidden_layers = len(chosen)
+    for name, value in list(vars(inner).items()):
+        if isinstance(value, list) and len(value) == depth and "layer" in name:  # layer_types, no_rope_layers
+            setattr(inner, name, [value[layer] for layer in chosen])
+    stages = getattr(inner, "stage_names", None)  # of vision models that can be a backbone: a stage is a layer
+    if stages is not None and len(stages) == depth + 1 and inner.out_features == stages[-1:]:
+        inner.stage_names = stages[: len(chosen) + 1]
+        inner.set_output_features_output_indices(out_features=inner.stage_names[-1:], out_indices=None)
+    for name in ("compression", "_name_or_path"):
+        vars(config).pop(name, None)
+    config.compression_start = f"layers {', '.join(map(str, chosen))} of {depth} of the teacher"
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as error:  # each config class checks in its own way
+        raise ConfigurationError(
+            f"shrink cannot express {len(chosen)} layers in a {type(config).__name__}: {error}. {REMEDY}"
+        ) from error
+    return config
+
+
+def _carry_over(teacher: nn.Module, student: nn.Module, stack: str, chosen: list[int]) -> None:
+    """Copies the weights of the chosen blocks and of all that is outside the stack.
+
+    Raises:
+        ConfigurationError: if a weight has no counterpart, or a block computes something else in its place.
+    """
+    weights = _renumbered(teacher.state_dict(), stack, chosen)
+    where = f"of {type(teacher).__name__} to a model with {len(chosen)} layers"
+    try:
+        report = student.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # sizes that differ from layer to layer
+        raise ConfigurationError(f"shrink cannot map the weights {where}: {error}. {REMEDY}") from error
+    tied = set(getattr(student, "all_tied_weights_keys", None) or ())
+    left = [name for name in (*report.missing_keys, *report.unexpected_keys) if name not in tied]
+    if left:
+        raise ConfigurationError(f"shrink cannot map {left[:3]} {where}. {REMEDY}")
+    blocks = student.get_submodule(stack)
+    for place, layer in enumerate(chosen):
+        taken, put = _behaviour(teacher.get_submodule(f"{stack}.{layer}")), _behaviour(blocks.get_submodule(str(place)))
+        if differing := sorted(name for name in taken.keys() | put.keys() if taken.get(name) != put.get(name)):
+            raise ConfigurationError(
+                f"shrink cannot map layer {layer} {where}: in place {place} it has another {differing[0]} "
+                f"({taken.get(differing[0])} before, {put.get(differing[0])} there). {REMEDY}"
+            )
+
+
+def _behaviour(block: nn.Module) -> dict[str, Any]:
+    """What a block computes beside its weights: classes and plain attributes of its modules, by name."""
+    found: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        found[f"class of {path or 'the block'}"] = type(module).__name__
+        for name, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | tuple) and not re.search(_PLACE_OR_MODE, name):
+                found[f"{path}.{name}".lstrip(".")] = value
+    return found
 
 
 def _stack(model: nn.Module) -> str:
@@ -87,7 +141,8 @@ def _stack(model: nn.Module) -> str:
 def _choose(depth: int, layers: int | Sequence[int], keep: Keep) -> list[int]:
     if not isinstance(layers, int):
         chosen = list(layers)
-        if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= depth:
+        whole = all(isinstance(layer, int) for layer in chosen)
+        if not whole or not chosen or chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= depth:
             raise ConfigurationError(f"layers must rise within 0 … {depth - 1} without repetition, got {chosen}.")
         return chosen
     if not 1 <= layers <= depth:

@@ -9,7 +9,7 @@ during backward.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,7 +112,7 @@ class Taps:
 
     def _tap_attention(self) -> None:
         config = getattr(self.model, "config", None)
-        real = getattr(config, "_attn_implementation", None)
+        real = str(getattr(config, "_attn_implementation", None)).removesuffix(_SUFFIX)  # tapped by another run already
         if real not in ("eager", "sdpa"):
             raise ConfigurationError(
                 f"queries, keys and values are tapped under eager and sdpa attention, this model uses {real!r}. "
@@ -125,7 +125,12 @@ class Taps:
             )
         _register(real)
         self._implementation = real
-        self.model.set_attn_implementation(real + _SUFFIX)  # type: ignore[operator]  # a PreTrainedModel, as config tells
+        self._use_tap(real)
+
+    def _use_tap(self, real: str) -> None:
+        model: Any = self.model  # a PreTrainedModel, as its config told
+        if model.config._attn_implementation != real + _SUFFIX:
+            model.set_attn_implementation(real + _SUFFIX)
 
     def keep_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """One attention call of the forward; the n-th call is layer n."""
@@ -136,6 +141,8 @@ class Taps:
 
     def start(self) -> None:
         """Begins to record; the next forward of the model is the one that is watched."""
+        if self._implementation is not None:
+            self._use_tap(self._implementation)  # another run on this model may have given it back
         self.record, self._calls, self._on = {}, 0, True
         _WATCHED.append(self)
 
@@ -190,6 +197,25 @@ def watching(taps: Taps) -> Iterator[Taps]:
         yield taps
     finally:
         taps.stop()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; each module's own mode afterwards."""
+    modes = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in modes:
+            module.training = True
+
+
+def returns_tuple(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a transformers model will return a tuple, by argument or config: taps are read from fields."""
+    asked = inputs.get("return_dict")
+    config = getattr(unwrap(model), "config", None)
+    return not (getattr(config, "return_dict", True) if asked is None else asked)
 
 
 def _register(real: str) -> None:

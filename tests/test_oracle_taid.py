@@ -117,13 +117,12 @@ def test_forty_steps_through_the_callback(case: str, tmp_path: Path) -> None:
     data = oracle.load("taid")
     labels = torch.where(data["mask"].bool(), 1, -100)
     teacher = StubForTokenClassification(data["teacher_logits"])
-    objective = TAID(config(case))
-    trainer = stub_trainer(
-        tmp_path, data["student_logits"], labels, [DistillCallback(teacher, objective)], max_steps=40, learning_rate=3.0
-    )
+    callback = DistillCallback(teacher, TAID(config(case)))
+    trainer = stub_trainer(tmp_path, data["student_logits"], labels, [callback], max_steps=40, learning_rate=3.0)
     trainer.train()
 
     losses = [entry["distill_loss"] for entry in trainer.state.log_history if "distill_loss" in entry]
     torch.testing.assert_close(torch.tensor(losses), data[f"{case}/loss"], rtol=1e-4, atol=1e-5)
+    (objective,) = callback.run.distiller.objectives
     torch.testing.assert_close(objective.t, data[f"{case}/t_final"], **CLOSE)
     torch.testing.assert_close(trainer.model.rows.detach(), data[f"{case}/final_student"], rtol=0, atol=1e-3)

@@ -29,7 +29,7 @@ LATENCY = {"latency_median": "median", "latency_p90": "p90"}
 DERIVED = {
     "retention": "{value} of the teacher's quality is kept",
     "gap_closed": "{value} of the gap between the same start trained without the teacher and the teacher is closed",
-    "gain": "{value} more of the rows are right than with the same start trained without the teacher",
+    "gain": "{value} is the difference in accuracy to the same start trained without the teacher",
 }
 BATCHES = (1, 32)
 
@@ -175,18 +175,26 @@ def other_table(record: Record) -> Safe | None:
     """The newest value of every metric that has no place in the other tables."""
     placed = {*QUALITY, *SIZE, *LATENCY, *DERIVED}
     newest = {(x.metric, x.subject, x.variant, str(x.how)): x for x in record.measurements if x.metric not in placed}
-    rows = [
-        (x.metric.replace("_", " "), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()
-    ]
+    rows = [(_named(x), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()]
     return table(("metric", "model", "variant", "value"), rows) if rows else None
 
 
+def _named(found: Measurement) -> str:
+    """A metric in words, with the learning rate where each of several was measured."""
+    rate = found.how.get("learning_rate")
+    return found.metric.replace("_", " ") + (f" at learning rate {rate:g}" if isinstance(rate, float) else "")
+
+
 def derived(record: Record) -> list[str]:
-    """Sentences on what follows from the measurements, for each variant of the student."""
+    """Sentences on what follows from the measurements of the student, and of its int8 variant.
+
+    A float32 graph equals torch within the tolerance that its export enforced, so it gets no sentences of its own.
+    """
     variants = [variant for subject, variant in pairs(record) if subject == "student"]
+    variants = [variant for variant in variants if variant != "onnx" or "torch" not in variants]
     found = [(key, variant, record.find(key, "student", variant)) for key in DERIVED for variant in variants]
     return [
-        f"{DERIVED[key].format(value=show(value))}{'' if variant == 'torch' else f' by {variant}'}{_test(value)}."
+        f"{DERIVED[key].format(value=show(value))}{'' if variant == 'torch' else f' with {variant}'}{_test(value)}."
         for key, variant, value in found
         if value is not None
     ]
@@ -198,8 +206,9 @@ def _test(found: Measurement) -> str:
 
 
 def measured_on(record: Record) -> list[Data]:
-    """The data sets of the measurements, each once."""
-    return list({(x.data.name, x.data.fingerprint): x.data for x in record.measurements if x.data is not None}.values())
+    """The data sets of the measurements, each once; without those on which learning rates were chosen."""
+    found = [x.data for x in record.measurements if x.data is not None and x.metric != "choice_accuracy"]
+    return list({(data.name, data.fingerprint): data for data in found}.values())
 
 
 def missing(record: Record) -> list[str]:

@@ -122,6 +122,30 @@ def examples(
     return Examples(texts=tuple(texts), labels=ids, data=data)
 
 
+def classes(rows: datasets.Dataset, label: str, *, name: str) -> dict[str, int]:
+    """Names of the classes to ids, from the labels themselves: of a ClassLabel, of ids from 0, or sorted names.
+
+    Raises:
+        UnknownNameError: for a column that does not exist.
+        MismatchError: for a label that is neither name nor id, or an id beyond the number of rows.
+    """
+    if label not in rows.column_names:
+        raise _no_column(label, rows.column_names, name)
+    feature, values = rows.features[label], list(rows[label])
+    if isinstance(feature, datasets.ClassLabel):
+        return {each: index for index, each in enumerate(feature.names)}
+    if all(isinstance(value, str) for value in values):
+        return {each: index for index, each in enumerate(sorted(set(values)))}
+    for row, value in enumerate(values):
+        if not (isinstance(value, int | float) and float(value).is_integer() and value >= 0):
+            raise MismatchError(f"{name}: the label of row {row} is {value!r}, no class id. Mend or drop the row.")
+    if max(values) >= len(values):
+        raise MismatchError(
+            f"{name}: the class id {max(values)} among {len(values)} rows; ids count from 0 without gaps."
+        )
+    return {f"LABEL_{index}": index for index in range(int(max(values)) + 1)}
+
+
 def label_ids(values: Sequence[Any], label2id: dict[str, int], *, name: str) -> NDArray[np.int64]:
     """(row,) class ids from class ids (also 1.0 and True) or from names.
 
@@ -153,7 +177,4 @@ def _names(rows: datasets.Dataset, label: str) -> list[Any]:
 
 
 def _no_column(column: str, columns: Sequence[str], name: str) -> UnknownNameError:
-    error = UnknownNameError(f"column in {name}", column, columns)
-    if error.near:
-        error.args = (f"{error.args[0]} Columns: {', '.join(columns)}.",)
-    return error
+    return UnknownNameError(f"column in {name} (which has {', '.join(columns)})", column, columns)

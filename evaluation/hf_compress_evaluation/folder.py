@@ -137,7 +137,8 @@ def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, 
     for variant in variants:
         marker = folder / "config.json" if variant == "torch" else folder / variant / "model.onnx"
         if not marker.is_file():
-            logger.info("%s holds no %s variant (%s): skipped.", folder.name, variant, marker.relative_to(folder))
+            if subject == "student":  # of the others an export is welcome, not expected
+                logger.info("%s holds no %s variant (%s): skipped.", folder.name, variant, marker.relative_to(folder))
         elif variant == "torch":
             found.append(_torch(subject, folder, device))
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from hf_compress.errors import ConfigurationError
@@ -91,7 +92,13 @@ def measure_all(
             f"{sorted(candidates)}, {counts}, warmup {warmup}."
         )
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    rounds = track(range(warmup + runs), description=f"latency {batch}x{length}", disable=not progress, transient=True)
+    rounds = track(
+        range(warmup + runs),
+        description=f"  latency, {batch} x {length} tokens",
+        disable=not progress,
+        transient=True,
+        console=Console(stderr=True),
+    )
     with torch_threads(threads), torch.inference_mode():
         for turn in rounds:
             for name, call in candidates.items():

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -82,7 +83,7 @@ def predict(
         tokenizer: the model's own.
         texts: at least one.
         batch_size: rows of one forward.
-        max_length: tokens kept of each row; None: `longest(model, tokenizer)`.
+        max_length: tokens kept of each row, at most `longest(model, tokenizer)`; None: as many.
         progress: show a bar.
 
     Returns:
@@ -98,7 +99,8 @@ def predict(
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise ConfigurationError(f"predict: row {row} is {text!r}, not a text. Fill it in or drop the row.")
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length or longest(model, tokenizer))
+    taken = longest(model, tokenizer)
+    encoded = tokenizer(list(texts), truncation=True, max_length=min(max_length or taken, taken))
     lengths = [len(ids) for ids in encoded["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # longest first: memory peaks at once
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -106,7 +108,8 @@ def predict(
 
     parts: list[Tensor] = []
     with evaluating(model), torch.inference_mode():
-        for rows in track(batches, description="predict", disable=not progress, transient=True):
+        shown = Console(stderr=True)
+        for rows in track(batches, description="  predict", disable=not progress, transient=True, console=shown):
             padded = tokenizer.pad({name: [encoded[name][row] for row in rows] for name in names}, return_tensors="pt")
             output = model(**{name: padded[name].to(model.device) for name in names})
             parts.append(output.logits.float().cpu())

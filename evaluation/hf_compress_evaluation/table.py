@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from rich import box
 from rich.table import Table
 
 from hf_compress.facts import Measurement, Record, Setting
@@ -15,11 +16,14 @@ VARIANTS = ("torch", "onnx", "onnx-int8")
 BATCHES = (1, 32)
 DERIVED = ("retention", "gap_closed", "gain")
 MISSING = "—"
+NARROW = 110
+"""Columns of a terminal below which the table leaves out its less important figures."""
 _SAID = {
-    "retention": "of the teacher's accuracy kept",
-    "gap_closed": "of the teacher's lead over the baseline made up",
-    "gain": "accuracy over the baseline",
+    "retention": "{} of the teacher's accuracy kept",
+    "gap_closed": "{} of the teacher's lead over alone made up",
+    "gain": "{} accuracy more than alone",
 }
+_ALONE = "alone: the student's start, trained on the labels without the teacher; what distillation has to beat"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,24 +59,48 @@ def rows(record: Record) -> tuple[Row, ...]:
     return tuple(_row(record, *pair) for pair in sorted(pairs, key=_place))
 
 
-def table(record: Record) -> Table:
-    """The rows as a table; below it the derived figures and the conditions of the latencies."""
-    found = rows(record)
-    shown = Table(title="Measured", caption="\n".join(_below(record, found)), caption_justify="left")
+def table(record: Record, *, width: int = 150) -> Table:
+    """The rows as a table; below it what the words mean, the derived figures and the conditions of the latencies.
+
+    Args:
+        record: of a model folder.
+        width: columns to show it in; below `NARROW` macro-F1, probability loyalty and 90th percentiles are left out.
+    """
+    found, narrow = rows(record), width < NARROW
+    below = _below(record, found)
+    if narrow:
+        below.append(f"{NARROW} columns or --json show macro-F1, probability loyalty and 90th percentiles too")
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
+        caption="\n".join(below),
+        caption_justify="left",
+    )
     for name in ("model", "variant"):
-        shown.add_column(name)
-    for name in ("accuracy", "macro-F1", "label loyalty", "prob. loyalty", "parameters", "size"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, no_wrap=True)
+    scores = ("accuracy", "label loyalty") if narrow else ("accuracy", "macro-F1", "label loyalty", "prob. loyalty")
+    for name in scores:
+        shown.add_column(name, justify="right", min_width=len("accuracy"))
+    for name in ("params", "size"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for batch in BATCHES:
-        shown.add_column(f"b{batch} ms\nmedian / p90", justify="right")
+        shown.add_column(f"b{batch} ms" if narrow else f"b{batch} ms\nmedian / p90", justify="right", no_wrap=True)
     for row in found:
+        values = {
+            "accuracy": row.accuracy,
+            "macro-F1": row.f1_macro,
+            "label loyalty": row.label_loyalty,
+            "prob. loyalty": row.probability_loyalty,
+        }
         shown.add_row(
             row.subject,
             row.variant,
-            *map(_fraction, (row.accuracy, row.f1_macro, row.label_loyalty, row.probability_loyalty)),
+            *(_fraction(values[name]) for name in scores),
             MISSING if row.parameters is None else f"{row.parameters.value / 1e6:,.2f} M",
             MISSING if row.bytes is None else f"{row.bytes.value / 1e6:,.1f} MB",
-            *(_milliseconds(*row.latency[batch]) for batch in BATCHES),
+            *(_milliseconds(*row.latency[batch][: 1 if narrow else 2]) for batch in BATCHES),
         )
     return shown
 
@@ -110,22 +138,29 @@ def _place(pair: tuple[str, str]) -> tuple[int, str, int, str]:
 
 
 def _below(record: Record, found: Sequence[Row]) -> list[str]:
-    lines = [
-        f"{row.subject} ({row.variant}): {_range(value)} {_SAID[name]}"
-        for row in found
-        for name, value in row.derived.items()
-        if value is not None
-    ]
-    scored = {m.data.name: m.data.rows for m in record.measurements if m.data is not None}
+    lines = [_ALONE] if any(row.subject == "alone" for row in found) else []
+    if any(row.label_loyalty is not None for row in found):
+        lines.append("loyalty: agreement with the teacher, right or wrong; of decisions, and of probabilities")
+    for row in found:
+        said = [_SAID[name].format(_range(value)) for name, value in row.derived.items() if value is not None]
+        if row.variant == "torch" and said:  # the same model in another format: its row above says what differs
+            lines.append(f"{row.subject}: {'; '.join(said)}")
+    if (lost := record.find("accuracy_drop", variant="onnx-int8")) is not None:
+        kept = record.find("agreement_with_fp32", variant="onnx-int8")
+        same = "" if kept is None else f"; decides like float32 in {kept.value:.3f} of the rows"
+        change = -lost.value or 0.0  # no minus before a zero
+        lines.append(f"int8: accuracy {change:+.3f}{same}, on the rows that decided to keep it")
+    scored = {m.data.name: m.data.rows for m in record.measurements if m.metric == "accuracy" and m.data is not None}
     lines += [f"scored on {name}, {count:,} rows; ± is half the 95 % interval" for name, count in scored.items()]
     return lines + _conditions([m for m in record.measurements if m.metric == "latency_median"])
 
 
 def _conditions(timed: Sequence[Measurement]) -> list[str]:
-    said = {
-        f"latency: length {m.how.get('length')}, threads {m.how.get('threads')}, {m.how.get('provider')}" for m in timed
-    }
-    return sorted(said)
+    said: dict[str, set[str]] = {}
+    for m in timed:
+        where = f"latency: {m.how.get('length')} tokens, threads {m.how.get('threads')}"
+        said.setdefault(where, set()).add(str(m.how.get("provider")))
+    return [f"{where}, {' and '.join(sorted(providers))}" for where, providers in sorted(said.items())]
 
 
 def _fraction(value: Value | None) -> str:
@@ -144,5 +179,5 @@ def _range(value: Value) -> str:
     return "{:.3f} ({:.3f} to {:.3f})".format(value.value, *value.interval)
 
 
-def _milliseconds(median: Value | None, p90: Value | None) -> str:
-    return " / ".join(MISSING if value is None else f"{1000 * value.value:.1f}" for value in (median, p90))
+def _milliseconds(*values: Value | None) -> str:
+    return " / ".join(MISSING if value is None else f"{1000 * value.value:.1f}" for value in values)

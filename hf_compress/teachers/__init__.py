@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress import facts
-from hf_compress.objective import Inputs, Sizes
+from hf_compress.errors import ConfigurationError
+from hf_compress.objective import Inputs, Kind, Sizes
 
 
 class Teacher(Protocol):
@@ -33,12 +35,23 @@ class Teacher(Protocol):
         """Gives back what was taken: hooks, modes, requires_grad."""
 
 
-def teacher_for(source: nn.Module | str | Teacher, student: nn.Module) -> Teacher:
-    """A teacher from what the user gave: a model, a hub id or a folder, or a ready `Teacher`."""
+def teacher_for(source: nn.Module | str | Path | Teacher, student: nn.Module, kind: Kind | None = None) -> Teacher:
+    """A teacher from what the user gave: a model, a hub id or a folder, or a ready `Teacher`.
+
+    Args:
+        source: what the user gave.
+        student: decides the head where the source's config names no architecture.
+        kind: where its distributions stand; None: told by the class of the model.
+
+    Raises:
+        ConfigurationError: for anything else.
+    """
     from .model import ModelTeacher, load_teacher
 
     if isinstance(source, nn.Module):
-        return ModelTeacher(source)
-    if isinstance(source, str):
-        return ModelTeacher(load_teacher(source, student))
+        return ModelTeacher(source, kind)
+    if isinstance(source, str | Path):
+        return ModelTeacher(load_teacher(str(source), student), kind)
+    if not hasattr(source, "sizes") or not callable(source):
+        raise ConfigurationError(f"a teacher is a model, a hub id, a folder or a Teacher, got {type(source).__name__}.")
     return source

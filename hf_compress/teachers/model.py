@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hf_compress import facts
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
-from hf_compress.objective import Inputs, kind_of, sizes
+from hf_compress.objective import Inputs, Kind, sizes
 from hf_compress.taps import Taps, unwrap, watching
 
 NEVER = frozenset({"labels", "num_items_in_batch", "start_positions", "end_positions", "fused_lm_head"})
@@ -28,9 +29,9 @@ class ModelTeacher:
     `requires_grad` and the training mode are restored by `close`, as the object is the user's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kind: Kind | None = None) -> None:
         self.model = model
-        self.sizes = sizes(model)
+        self.sizes = sizes(unwrap(model), kind)
         self._taps: Taps | None = None
         self._frozen: list[nn.Parameter] = []
         self._modes: list[nn.Module] = []
@@ -54,12 +55,16 @@ class ModelTeacher:
         given: dict[str, Any] = dict(inputs)
         if self._taps.hidden_states:
             given["output_hidden_states"] = True
+        if getattr(self.sizes.config, "return_dict", True) is False:
+            given["return_dict"] = True
         with watching(self._taps):
             output = self.run(**given)
         return {name: tensor.detach() for name, tensor in self._taps.read(output).items()}
 
     def run(self, *, grad: bool = False, **inputs: Any) -> Any:
         given = self._prepared(inputs)
+        if self.model.training:  # switched back by the user, or by another run that has ended
+            self.model.eval()
         with torch.set_grad_enabled(grad):
             return self.model(**given)
 
@@ -80,7 +85,11 @@ class ModelTeacher:
             given["decoder_input_ids"] = shift(labels)
         if self._accepted is not None and "use_cache" in self._accepted:
             given["use_cache"] = False
-        return given
+        dtype = getattr(self.model, "dtype", None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            return given
+        real = {k: v.to(dtype) for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        return given | real  # images and sound, for a teacher in half precision
 
     def describe(self) -> facts.Model:
         name = getattr(self.sizes.config, "_name_or_path", "") or ""
@@ -127,7 +136,7 @@ def load_teacher(source: str, student: nn.Module) -> nn.Module:
         if architecture is None:
             raise ConfigurationError(f"the teacher's architecture {named!r} is not in transformers; pass the model.")
         model, report = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **safe)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigurationError):
             raise
         raise ForeignFileError(
@@ -139,11 +148,6 @@ def load_teacher(source: str, student: nn.Module) -> nn.Module:
             source,
             f"has no weights for {missing[:5]} ({len(missing)} in all); they would be random.",
             f"Give a fine-tuned {named}, or fine-tune this one first.",
-        )
-    if kind_of(model) != kind_of(unwrap(student)) and kind_of(unwrap(student)) != "none":
-        raise MismatchError(
-            f"the teacher is a {named}, the student a {type(unwrap(student)).__name__}: their outputs differ in kind. "
-            "Give a teacher with the student's kind of head."
         )
     teacher: nn.Module = model
     return teacher

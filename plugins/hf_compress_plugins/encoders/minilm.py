@@ -51,9 +51,11 @@ class MiniLMConfig:
         wrong = [pair for pair in self.relations if len(pair) != 2 or not set(pair) <= set(LETTERS)]
         if wrong:
             raise ConfigurationError(f"minilm: relations are pairs of q, k and v such as 'qq', got {wrong}.")
-        if self.relation_heads < 1 or any(weight < 0 for weight in self.weights):
+        if len(set(self.relations)) != len(self.relations):
+            raise ConfigurationError(f"minilm: a relation appears twice in {self.relations}. Give it once, weighted.")
+        if self.relation_heads < 1 or not all(0 <= weight < math.inf for weight in self.weights):
             raise ConfigurationError(
-                f"minilm: needs relation_heads ≥ 1 and weights ≥ 0, got {self.relation_heads} and {self.weights}."
+                f"minilm: needs relation_heads ≥ 1 and weights 0 … ∞, got {self.relation_heads} and {self.weights}."
             )
 
 
@@ -66,7 +68,7 @@ def split_heads(vectors: Tensor, heads: int) -> Tensor:
     if vectors.shape[-1] % heads:
         raise MismatchError(
             f"minilm: relation_heads={heads} does not divide the width {vectors.shape[-1]}. Choose a common divisor of "
-            "both widths, e.g. Minilm(relation_heads=12)."
+            "both widths, e.g. MiniLM(relation_heads=12)."
         )
     batch, time, dim = vectors.shape
     return vectors.reshape(batch, time, heads, dim // heads).transpose(1, 2)
@@ -82,7 +84,15 @@ def log_relation(left: Tensor, right: Tensor, mask: Tensor, heads: int) -> Tenso
 
     Returns:
         (batch, relation head, time, time); columns that are masked have probability 0.
+
+    Raises:
+        MismatchError: if the two differ in width, as queries and keys do where several queries share a key.
     """
+    if left.shape != right.shape:
+        raise MismatchError(
+            f"minilm: a relation of {tuple(left.shape)} with {tuple(right.shape)} needs one width. Relate each with "
+            "itself: MiniLM(relations=('qq', 'kk', 'vv'))."
+        )
     a, b = split_heads(left, heads), split_heads(right, heads)
     scores: Tensor = a @ b.transpose(-1, -2) / math.sqrt(a.shape[-1])
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).log_softmax(-1)  # finite: a row of padding stays so
@@ -102,7 +112,16 @@ def minilm_relation(
 
     Returns:
         (batch,) nats: mean over relation heads and real tokens; 0 for a sentence without tokens.
+
+    Raises:
+        MismatchError: if the models read different numbers of sentences or tokens.
     """
+    for vectors in (*student, *teacher):
+        if vectors.shape[:2] != tokens.shape:
+            raise MismatchError(
+                f"minilm: vectors of shape {tuple(vectors.shape)} do not fit tokens of shape {tuple(tokens.shape)}. "
+                "Both models must see the same tokens."
+            )
     mask = tokens[:, None, None, :]
     if causal:
         time = tokens.shape[1]
@@ -132,7 +151,7 @@ class MiniLM(Objective):
         if teacher is None or not student.layers or not teacher.layers:
             raise MismatchError("minilm: both models must be transformers with num_hidden_layers in their configs.")
         self.causal = student.kind == "causal"
-        letters = {letter for pair in self.config.relations for letter in pair}
+        letters = set("".join(self.config.relations))
         return Needs(
             student=frozenset(f"{letter}:-1" for letter in letters),
             teacher=frozenset(f"{letter}:{self.config.teacher_layer}" for letter in letters),
@@ -141,9 +160,9 @@ class MiniLM(Objective):
         )
 
     def forward(self, signals: Signals, step: Step) -> dict[str, Tensor]:
-        student = {name[0]: concatenate_heads(tensor) for name, tensor in signals.student.items() if name[0] in LETTERS}
-        layer = self.config.teacher_layer
-        teacher = {letter: concatenate_heads(signals.teacher[f"{letter}:{layer}"]) for letter in student}
+        letters, layer = set("".join(self.config.relations)), self.config.teacher_layer
+        student = {letter: concatenate_heads(signals.student[f"{letter}:-1"]) for letter in letters}
+        teacher = {letter: concatenate_heads(signals.teacher[f"{letter}:{layer}"]) for letter in letters}
         return {
             pair: weight
             * minilm_relation(

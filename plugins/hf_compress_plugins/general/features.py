@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,25 @@ class FeaturesConfig:
             raise ConfigurationError(
                 f"features: layers must be 'uniform', 'last', 'first' or a mapping, got {self.layers!r}."
             )
-        if not isinstance(self.layers, str) and not self.layers:
+        if not isinstance(self.layers, str | Mapping):
+            raise ConfigurationError(f"features: layers must be a name or a mapping, got {self.layers!r}.")
+        if not self.layers:
             raise ConfigurationError("features: the layer map is empty, so nothing would be matched.")
+        if isinstance(self.layers, Mapping):
+            object.__setattr__(self, "layers", _numbers(self.layers))
         if self.distance not in ("mse", "cosine"):
             raise ConfigurationError(f"features: distance must be 'mse' or 'cosine', got {self.distance!r}.")
+
+
+def _numbers(layers: Mapping[Any, Any]) -> dict[int, int]:
+    """The map with whole numbers: JSON, in which settings are recorded, turns its keys into text."""
+    try:
+        found = {int(str(s)): int(str(t)) for s, t in layers.items()}
+    except ValueError as error:
+        raise ConfigurationError(f"features: a layer map has numbers of blocks alone, got {layers}.") from error
+    if len(found) != len(layers):
+        raise ConfigurationError(f"features: a block of the student appears twice in {layers}. Give each one once.")
+    return found
 
 
 def layer_pairs(layers: LayerMap, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
@@ -57,12 +72,14 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> tuple[tuple[int
         MismatchError: for a block that a model does not have, or a teacher with fewer blocks under last and first.
     """
     if not isinstance(layers, str):
-        pairs = tuple((s % (student + 1), t % (teacher + 1)) for s, t in sorted(layers.items()))
+        pairs = tuple(sorted((s % (student + 1), t % (teacher + 1)) for s, t in layers.items()))
         wrong = [(s, t) for s, t in layers.items() if not (0 < abs(s) <= student and 0 < abs(t) <= teacher)]
         if wrong:
             raise MismatchError(
                 f"features: pairs {wrong} name blocks beyond the student's {student} or the teacher's {teacher}."
             )
+        if len({s for s, _ in pairs}) != len(pairs):
+            raise MismatchError(f"features: {dict(layers)} names a block of the student twice. Give each one once.")
         return pairs
     if layers == "uniform":
         return tuple((s, max(round(s * teacher / student), 1)) for s in range(1, student + 1))
@@ -145,7 +162,7 @@ class Features(Objective):
             projection = self.project[str(s)]
             chosen = projection(chosen.to(next(projection.parameters()).dtype))
         value = hidden_distance(chosen, select_tokens(teacher, tokens), distance=self.config.distance)
-        return value.view(len(student), -1).mean(1) if per_row else value
+        return value.view(student.shape[:2]).mean(1) if per_row else value
 
 
 METHOD = Method(

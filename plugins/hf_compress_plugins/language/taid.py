@@ -122,7 +122,7 @@ class TAID(Objective):
 
     def __init__(self, config: TAIDConfig | None = None, *, weight: float = 1.0, **settings: Any) -> None:
         super().__init__(config, weight=weight, **settings)
-        self.register_buffer("t", torch.tensor(self.config.t_start))
+        self.register_buffer("t", torch.tensor(float(self.config.t_start)))  # an int would never move
         self.register_buffer("previous", torch.tensor(math.inf))
         self.register_buffer("momentum", torch.tensor(0.0))
 
