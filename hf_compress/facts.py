@@ -187,7 +187,7 @@ def _parse(kind: type[PartT], value: Any, path: Path) -> PartT:
 
 def save(folder: Path, record: Record) -> None:
     """Writes `compression.json` whole or not at all."""
-    _no_identity(text := record.model_dump_json(indent=1) + "\n")
+    _no_identity(text := record.model_dump_json(indent=1, exclude_none=True) + "\n")
     files.write_text(folder / FILE, text)
 
 

@@ -999,37 +999,6 @@ def test_a_compiled_run_gives_the_same_losses(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- outputs, teachers, data
 
 
-class OtherIds(KD):
-    """The teacher reads a column that the student never sees."""
-
-    def needs(self, student: Any, teacher: Any) -> Needs:
-        return Needs(columns=frozenset({"teacher_input_ids"}), same_tokens=False)
-
-    def teacher_batch(self, inputs: dict[str, Tensor], step: Any) -> dict[str, Tensor]:
-        return inputs | {"input_ids": inputs["teacher_input_ids"]}
-
-
-@pytest.mark.parametrize("remove", [True, False])
-def test_columns_of_the_teacher_reach_it_alone_in_training_and_evaluation(remove: bool, tmp_path: Path) -> None:
-    """Given the student's own ids, the loss is kd's."""
-    data = [row | {"teacher_input_ids": row["input_ids"]} for row in rows(CLASSIFY)]
-
-    def both(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if "teacher_input_ids" not in batch[0]:
-            return collate(batch)
-        theirs = collate([{"input_ids": row["teacher_input_ids"]} for row in batch])["input_ids"]
-        return collate(batch) | {"teacher_input_ids": theirs}
-
-    given = {"data_collator": both, "eval_dataset": Dataset.from_list(data)}
-    run = build(tmp_path, method=OtherIds(), data=data, remove_unused_columns=remove, trainer_arguments=given)
-    before = run.trainer.evaluate()
-    expected = build(tmp_path).train().logged("distill_loss")
-    assert run.train().logged("distill_loss") == pytest.approx(expected, rel=1e-6)
-    assert before["eval_distill_loss"] == pytest.approx(expected[0], rel=1e-5)
-    with pytest.raises(MismatchError, match=r"lacks \['teacher_input_ids'\].*collator"):
-        build(tmp_path, method=OtherIds()).train()
-
-
 class DictOutput(nn.Module):
     """A model of the user's own that returns a plain dict."""
 
@@ -1054,6 +1023,45 @@ def test_plain_modules_return_dicts_or_tuples(wrap: Any, data: Any, tmp_path: Pa
     run = build(tmp_path, data=data, student=student, dtype=torch.float64, distill={"kind": "rows"}).train()
     found = {name.removeprefix("inner."): gradient for name, gradient in run.gradients.items()}
     assert_gradients(found, expected.gradients, 1e-12)
+
+
+class OtherIds(KD):
+    """The teacher reads a column that the student never sees."""
+
+    def needs(self, student: Any, teacher: Any) -> Needs:
+        return Needs(columns=frozenset({"teacher_input_ids"}), same_tokens=False)
+
+    def teacher_batch(self, inputs: dict[str, Tensor], step: Any) -> dict[str, Tensor]:
+        return inputs | {"input_ids": inputs["teacher_input_ids"]}
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_columns_of_the_teacher_reach_it_alone_in_training_and_evaluation(remove: bool, tmp_path: Path) -> None:
+    """Given the student's own ids, the loss is kd's."""
+    data = [row | {"teacher_input_ids": row["input_ids"]} for row in rows(CLASSIFY)]
+
+    def both(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if "teacher_input_ids" not in batch[0]:
+            return collate(batch)
+        theirs = collate([{"input_ids": row["teacher_input_ids"]} for row in batch])["input_ids"]
+        return collate(batch) | {"teacher_input_ids": theirs}
+
+    given = {"data_collator": both, "eval_dataset": Dataset.from_list(data)}
+    run = build(
+        tmp_path,
+        method=OtherIds(),
+        data=data,
+        student=DictOutput(models(CLASSIFY)[0]),  # its forward takes no other names
+        distill={"kind": "rows"},
+        remove_unused_columns=remove,
+        trainer_arguments=given,
+    )
+    before = run.trainer.evaluate()
+    expected = build(tmp_path).train().logged("distill_loss")
+    assert run.train().logged("distill_loss") == pytest.approx(expected, rel=1e-6)
+    assert before["eval_distill_loss"] == pytest.approx(expected[0], rel=1e-5)
+    with pytest.raises(MismatchError, match=r"lacks \['teacher_input_ids'\].*collator"):
+        build(tmp_path, method=OtherIds()).train()
 
 
 class Unpacks(Trainer):

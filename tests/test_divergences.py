@@ -287,7 +287,7 @@ def test_no_position_gives_nothing_that_is_still_connected(name: str) -> None:
     [((3, 1), (3, 11)), ((3, 11), (3, 1)), ((1, 11), (3, 11)), ((2, 1, 11), (2, 3, 11)), ((11,), (3, 11))],
 )
 def test_unequal_shapes_raise_instead_of_broadcasting(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-    with pytest.raises(MismatchError, match="somebody: student .* must have one shape. For different vocabularies"):
+    with pytest.raises(MismatchError, match=r"somebody: student .* must have one shape\. For different vocabularies"):
         log_probabilities("somebody", torch.zeros(student), torch.zeros(teacher))
 
 

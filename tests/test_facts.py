@@ -209,9 +209,10 @@ def test_a_failed_append_leaves_the_record(tmp_path: Path, monkeypatch: pytest.M
     def full(path: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
-        facts.append(tmp_path, measurement(0.9))
+        with pytest.raises(OSError, match="No space"):
+            facts.append(tmp_path, measurement(0.9))
 
     assert facts.load(tmp_path) == before
     assert os.listdir(tmp_path) == [facts.FILE]

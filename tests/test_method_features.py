@@ -80,7 +80,7 @@ def test_a_state_of_zeros_has_a_finite_cosine_and_gradient() -> None:
 
 @pytest.mark.parametrize(("student", "teacher"), [((3, 1), (3, 11)), ((1, 4), (3, 4))])
 def test_unequal_shapes_raise_instead_of_broadcasting(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-    with pytest.raises(MismatchError, match="features: student .* must have one shape"):
+    with pytest.raises(MismatchError, match=r"features: student .* must have one shape"):
         hidden_distance(torch.zeros(student), torch.zeros(teacher), distance="mse")
 
 

@@ -119,15 +119,15 @@ def test_the_first_loss_is_kept_and_moves_nothing() -> None:
 
 
 def test_an_adaptive_step_by_hand() -> None:
-    """δ = (2 - 1) / 2, m = ½ · 0 + ½ · δ = 0.25, t = 0.5 + 0.1 · sigmoid(0.25) · 0.5."""
-    config = TAIDConfig(t_start=0.0, alpha=0.1, beta=0.5)
-    state = Schedule(torch.tensor(0.5), torch.tensor(2.0), torch.tensor(0.0))
+    """δ = (2 - 1) / 2, m = ¼ · 0.4 + ¾ · δ = 0.475, t = 0.5 + 0.1 · sigmoid(m) · 0.5."""
+    config = TAIDConfig(t_start=0.0, alpha=0.1, beta=0.25)
+    state = Schedule(torch.tensor(0.5), torch.tensor(2.0), torch.tensor(0.4))
 
     after = advance(state, torch.tensor(1.0), 0.0, config)
 
-    assert after.momentum.item() == pytest.approx(0.25)
+    assert after.momentum.item() == pytest.approx(0.475)
     assert after.previous.item() == 1.0
-    assert after.t.item() == pytest.approx(0.5 + 0.1 * 0.5 / (1 + math.exp(-0.25)))
+    assert after.t.item() == pytest.approx(0.5 + 0.1 * 0.5 / (1 + math.exp(-0.475)))
 
 
 def test_a_rising_loss_slows_the_step_and_a_falling_one_hastens_it() -> None:
@@ -226,5 +226,5 @@ def test_the_objective_uses_its_t() -> None:
     ],
 )
 def test_settings_that_cannot_be_served_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="^taid: .*got"):
+    with pytest.raises(ConfigurationError, match=r"^taid: .*got"):
         TAID(**settings)

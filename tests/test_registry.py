@@ -108,12 +108,12 @@ def test_every_task_has_a_default_that_can_be_loaded() -> None:
 
 
 def test_an_unknown_task_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match="There is no task 'text-clasification'. Did you mean 'text-class"):
+    with pytest.raises(UnknownNameError, match=r"There is no task 'text-clasification'\. Did you mean 'text-class"):
         registry.default_for("text-clasification")
 
 
 def test_an_unknown_method_lists_the_nearest_or_else_all() -> None:
-    with pytest.raises(UnknownNameError, match="There is no method 'tiad'. Did you mean 'taid'") as near:
+    with pytest.raises(UnknownNameError, match=r"There is no method 'tiad'\. Did you mean 'taid'") as near:
         registry.get("tiad")
     with pytest.raises(UnknownNameError, match=f"Known: .*{', '.join(OURS[:1])}"):
         registry.get("zzzzzz")
@@ -262,7 +262,7 @@ def test_a_declaration_of_another_class_is_refused_when_loaded(install: Install)
     source = GOOD.replace("from hf_compress.registry import Method", "class Method(dict): pass")
     install("stranger-methods", "outside", {"mine": source})
 
-    with pytest.raises(PluginError, match="stranger_outside.mine: METHOD is a Method, not a Method"):
+    with pytest.raises(PluginError, match=r"stranger_outside\.mine: METHOD is a Method, not a Method"):
         registry.get("mine").load()
 
 

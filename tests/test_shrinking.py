@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,7 +209,7 @@ def test_which_layers_are_kept(layers: Any, keep: Any, expected: str) -> None:
 def test_an_even_spread_rises_from_the_first_to_the_last_in_like_steps(depth: int, number: int) -> None:
     found = spread(depth, number)
 
-    gaps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(found)]
     assert (found[0], found[-1], len(found)) == (0, depth - 1, number)
     assert max(gaps) - min(gaps) <= 1
 
