@@ -258,9 +258,9 @@ def demo(
         values = demo_recipe.values(target, tiny=tiny, seed=seed, push=push if seed == 0 else None)
         _ship(validated(Recipe, values, "the demo's recipe"), as_json)
         folders.append(target / "student")
+    found = summary.summarise([facts.load(folder) for folder in folders])
+    files.write_text(output / "summary.json", json.dumps(found, indent=1) + "\n")
     if seeds > 1:
-        found = summary.summarise([facts.load(folder) for folder in folders])
-        files.write_text(output / "summary.json", json.dumps(found, indent=1) + "\n")
         print(json.dumps(found, indent=1) if as_json else summary.markdown(found))
 
 

@@ -42,7 +42,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
             rows.append(row)
     return {
         "date": date.today().isoformat(),
-        "command": f"hf-compress demo --seeds {len(records)}",
+        "command": "hf-compress demo" + (f" --seeds {len(records)}" if len(records) > 1 else ""),
         "machine": hardware(),
         "versions": versions(),
         "seeds": len(records),
@@ -58,7 +58,8 @@ def markdown(summary: dict[str, Any]) -> str:
         cells = [_cell(row.get(name)) for name in COLUMNS]
         lines.append(f"| {row['subject']} | {row['variant']} | {' | '.join(cells)} |")
     machine, seeds = summary["machine"], summary["seeds"]
-    lines += ["", f"Mean ± standard deviation over {seeds} seeds, {summary['date']}, {machine}."]
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    lines += ["", f"`{summary['command']}`, {over}, {summary['date']}, {machine}."]
     return "\n".join(lines)
 
 
