@@ -176,6 +176,26 @@ def assert_nothing_left(run: Run, attention: str = "sdpa") -> None:
 # ---------------------------------------------------------------------- the task's own loss
 
 
+@pytest.mark.parametrize(("task", "factor"), [("text-classification", 4.0), ("text-generation", 1.0)])
+def test_without_the_callback_accumulation_multiplies_the_gradient_of_a_bert_head(
+    task: str, factor: float, tmp_path: Path
+) -> None:
+    """What the README says of stock transformers: four steps of one row against one of four; Llama is right."""
+    norms = []
+    for size, steps in ((4, 1), (1, 4)):
+        keeper = GradientKeeper()
+        Trainer(
+            model=models(task, torch.float64)[0],
+            args=arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps),
+            train_dataset=Dataset.from_list(rows(task)),
+            data_collator=collate,
+            callbacks=[keeper],
+        ).train()
+        norms.append(math.sqrt(sum(float(g.square().sum()) for g in keeper.gradients[0].values())))
+
+    assert norms[1] / norms[0] == pytest.approx(factor, rel=1e-6)
+
+
 @pytest.mark.parametrize("task", [CLASSIFY, TAG, MASK, GENERATE])
 def test_the_task_loss_is_a_mean_over_all_labels_however_the_rows_are_batched(task: str, tmp_path: Path) -> None:
     """3, 12, 5 and 9 labels as one batch, as four and as three and one."""
