@@ -29,7 +29,6 @@ from . import files
 from .errors import ForeignFileError
 
 FILE = "compression.json"
-EVIDENCE = "evidence"
 VERSION = 1
 PACKAGES = ("hf-compress", "torch", "transformers", "accelerate", "datasets", "onnx", "onnxruntime", "onnxruntime-gpu")
 

@@ -187,8 +187,6 @@ def trainer(
 ) -> tuple[Trainer, PreTrainedModel]:
     """A Trainer with the method attached, and its teacher."""
     student, teacher = models(case.task, dtype)
-    if case.task == "text-classification" and (data is None or "labels" not in data[0]):
-        settings.setdefault("remove_unused_columns", True)
     defaults: dict[str, Any] = {
         "max_steps": 1,
         "per_device_train_batch_size": 4,

@@ -318,15 +318,13 @@ def test_median_and_p90_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of 1 to 11 seconds: median 6, nine tenths of the way 10."""
     ends = (value for i in range(1, 12) for value in (0.0, float(i)))
     monkeypatch.setattr(time, "perf_counter", lambda: next(ends))
-    found = latency.measure_latency(lambda: None, batch=1, length=1, runs=11, warmup=0, threads=1)
+    found = time_one(lambda: None, batch=1, length=1, runs=11, warmup=0, threads=1)
     assert (found.median, found.p90) == (6.0, 10.0)
 
 
 def test_the_thread_count_is_set_and_restored_also_after_an_error() -> None:
     before, during = torch.get_num_threads(), []
-    latency.measure_latency(
-        lambda: during.append(torch.get_num_threads()), batch=1, length=1, runs=2, warmup=0, threads=before + 1
-    )
+    time_one(lambda: during.append(torch.get_num_threads()), batch=1, length=1, runs=2, warmup=0, threads=before + 1)
     assert during == [before + 1] * 2
     assert torch.get_num_threads() == before
 
@@ -334,7 +332,7 @@ def test_the_thread_count_is_set_and_restored_also_after_an_error() -> None:
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        latency.measure_latency(broken, batch=1, length=1, runs=1, warmup=0, threads=before + 1)
+        time_one(broken, batch=1, length=1, runs=1, warmup=0, threads=before + 1)
     assert torch.get_num_threads() == before
 
 
@@ -347,9 +345,13 @@ def test_a_latency_becomes_two_facts_with_their_conditions() -> None:
     assert median.how == p90.how == conditions
 
 
+def time_one(call: latency.Call, **how: int) -> latency.Latency:
+    return latency.measure_all({"": call}, **how)[""]
+
+
 def test_counts_that_time_nothing_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="'runs': 0"):
-        latency.measure_latency(lambda: None, batch=1, length=1, runs=0, warmup=0, threads=1)
+        time_one(lambda: None, batch=1, length=1, runs=0, warmup=0, threads=1)
     with pytest.raises(ConfigurationError, match="at least one candidate"):
         latency.measure_all({}, batch=1, length=1, runs=1, warmup=0, threads=1)
 

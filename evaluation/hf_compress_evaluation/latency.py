@@ -52,11 +52,6 @@ class Latency:
         )
 
 
-def measure_latency(call: Call, *, batch: int, length: int, runs: int, warmup: int, threads: int) -> Latency:
-    """Times one call; arguments as `measure_all`."""
-    return measure_all({"": call}, batch=batch, length=length, runs=runs, warmup=warmup, threads=threads)[""]
-
-
 def measure_all(
     candidates: Mapping[str, Call],
     *,
