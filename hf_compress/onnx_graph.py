@@ -139,17 +139,31 @@ def check_private(path: Path) -> None:
                 )
 
 
+def texts(path: Path) -> Iterator[bytes]:
+    """Every string of a graph file, numbers of weights left out.
+
+    Raises:
+        ForeignFileError: if the file is no graph.
+    """
+    for message in _messages(_read(path)):
+        for text in _texts(message):
+            yield text.encode()
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has a private module; nothing but parsing happens here
+        raise ForeignFileError(path, f"is not a readable ONNX graph ({error}).", "Export or fetch it again.") from error
+
+
 def check_external(path: Path) -> None:
     """Refuses a graph of unknown origin that is not ONNX, or whose weights lie outside its folder.
 
     Raises:
         ForeignFileError: naming the graph, or the file that it points to.
     """
-    try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has a private module; nothing but parsing happens here
-        raise ForeignFileError(path, f"is not a readable ONNX graph ({error}).", "Export or fetch it again.") from error
-    for message in _messages(proto):
+    for message in _messages(_read(path)):
         if isinstance(message, onnx.TensorProto) and message.data_location == onnx.TensorProto.EXTERNAL:
             for entry in message.external_data:
                 if entry.key == "location" and not files.inside(path.parent, entry.value).is_file():

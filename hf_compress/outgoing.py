@@ -23,7 +23,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # in its __init__, not declared
 from safetensors import SafetensorError, safe_open
 
-from . import facts, files
+from . import facts, files, onnx_graph
 from .errors import ForeignFileError
 
 CARD = "README.md"
@@ -211,20 +211,40 @@ def _nulls(value: Any, where: str) -> Iterator[str]:
 
 
 def _check_secrets(folder: Path, name: str, token: str | None) -> None:
+    """The token's value is looked for in every byte, what only looks like a secret in text alone.
+
+    Weights of eight bits lie where letters do: among ten million of them one finds `hf_` and thirty letters.
+    """
     path = folder / name
     if not path.stat().st_size:
         return
-    patterns = list(_tokens(token))
-    if not re.search(rf"(?:^|/)(?:{_VOCABULARY})$", name):  # /root/ may well be a word of a vocabulary of code
-        patterns += _places(folder)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for what, pattern in patterns:
-            if found := pattern.search(data):
-                raise ForeignFileError(path, f"holds {what} at byte {found.start()}.", "Take it out of the file.")
+        _refuse(path, data, _values(token))
+    looks = [("a token", re.compile(rb"hf_[A-Za-z0-9]{20,}"))]
+    if not re.search(rf"(?:^|/)(?:{_VOCABULARY})$", name):  # /root/ may well be a word of a vocabulary of code
+        looks += _places(folder)
+    for text in _texts(path):
+        _refuse(path, text, looks)
 
 
-def _tokens(token: str | None) -> Iterator[tuple[str, re.Pattern[bytes]]]:
-    yield "a token", re.compile(rb"hf_[A-Za-z0-9]{20,}")
+def _refuse(path: Path, data: bytes | mmap.mmap, patterns: Iterable[tuple[str, re.Pattern[bytes]]]) -> None:
+    for what, pattern in patterns:
+        if pattern.search(data):
+            raise ForeignFileError(path, f"holds {what}.", "Take it out of the file.")
+
+
+def _texts(path: Path) -> Iterator[bytes]:
+    """What of a file can be text: all of it, but of weights their header and of graphs their strings."""
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            yield file.read(int.from_bytes(file.read(8), "little"))
+    elif path.suffix == ".onnx":
+        yield from onnx_graph.texts(path)
+    elif path.suffix not in (".onnx_data", ".data"):
+        yield path.read_bytes()
+
+
+def _values(token: str | None) -> Iterator[tuple[str, re.Pattern[bytes]]]:
     for value in {token, get_token(), os.environ.get("HF_TOKEN")}:
         if value and len(value) >= 8:
             yield "your token", re.compile(re.escape(value.encode()))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors import safe_open
@@ -34,6 +35,17 @@ SENT = {
 }  # fmt: skip
 
 
+LOOKALIKE = b"KiUVHhf_INeIrSdTioaYTSNVFWJFIRVXdUDPKZ@ULQ"
+"""Weights of eight bits as a real student had them; see `outgoing._check_secrets`."""
+
+
+def graph(name: str, metadata: str = "") -> bytes:
+    weights = onnx.helper.make_tensor("weights", onnx.TensorProto.INT8, [len(LOOKALIKE)], LOOKALIKE, raw=True)
+    model = onnx.helper.make_model(onnx.helper.make_graph([], name, [], [], initializer=[weights]))
+    onnx.helper.set_model_props(model, {"made": metadata} if metadata else {})
+    return model.SerializeToString()
+
+
 def write(path: Path, data: bytes | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -48,8 +60,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer().save_pretrained(folder)
     write(folder / "README.md", CARD)
     write(folder / "LICENSE", "Apache License")
-    for name in ("onnx/model.onnx", "onnx/model.onnx_data", "onnx-int8/model.onnx"):
-        write(folder / name, f"\0graph of {name}")
+    write(folder / "onnx/model.onnx_data", LOOKALIKE)
+    for name in ("onnx/model.onnx", "onnx-int8/model.onnx"):
+        write(folder / name, graph(f"graph of {name}"))
     for name in ("onnx/config.json", "onnx/export.json", "onnx-int8/config.json", "onnx/tokenizer.json"):
         write(folder / name, "{}")
     evidence = [
@@ -346,6 +359,9 @@ def test_no_message_holds_a_token(hub: Hub, push: Callable[..., Pushed]) -> None
         ("README.md", CARD + CANARY, "holds a token"),
         ("README.md", CARD + f"{Path.cwd()}/x", "path of your working folder"),
         ("onnx/export.json", f'{{"made": "{Path.home()}/x"}}', "path of your home folder"),
+        ("onnx-int8/model.onnx", graph("int8", metadata=CANARY), "holds a token"),
+        ("onnx-int8/model.onnx", graph("int8", metadata=f"{Path.home()}/x"), "path of your home folder"),
+        ("onnx-int8/model.onnx", b"no graph", "not a readable ONNX graph"),
         ("onnx/model.onnx", b"other\0", "has changed since it was recorded"),
         ("model.safetensors", b"no weights", "has changed|no safetensors"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}', "which is missing"),
@@ -381,6 +397,20 @@ def test_the_value_of_the_token_is_found_whatever_it_looks_like(folder: Path, mo
         check(folder, token="my-own-proxy-secret")
     monkeypatch.setenv("HF_TOKEN", "my-own-proxy-secret")
     with pytest.raises(HubError, match="your token"):
+        check(folder)
+
+
+def test_the_value_of_a_token_is_found_in_weights_too(folder: Path) -> None:
+    with pytest.raises(HubError, match="your token"):
+        check(folder, token=LOOKALIKE[5:30].decode())
+
+
+def test_a_token_in_the_header_of_weights_is_found(folder: Path) -> None:
+    (folder / "compression.json").unlink()
+    save_file({"weight": np.frombuffer(LOOKALIKE, np.int8)}, folder / "model.safetensors")
+    check(folder)
+    save_file({"weight": np.zeros(2)}, folder / "model.safetensors", metadata={"made": CANARY})
+    with pytest.raises(HubError, match="holds a token"):
         check(folder)
 
 
