@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import PluginError, UnknownNameError
+from .parts import PARTS, Ranking
 
 if TYPE_CHECKING:
     from .objective import Objective
@@ -39,8 +40,12 @@ TASKS = (
     "image-classification",
     "audio-classification",
     "automatic-speech-recognition",
+    "image-feature-extraction",
+    "unconditional-image-generation",
+    "audio-to-audio",
+    "graph-ml",
 )
-"""The hub's task names, and `text-regression` for a single real-valued output."""
+"""The hub's task names, and `text-regression` for a single real-valued output. The last four have no default method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +64,18 @@ class Method:
     default_for: tuple[str, ...] = ()
     """Tasks for which this method is part of the default."""
     objective: type[Objective] | None = None
+    selector: type[Any] | None = None
     preparation: Callable[..., Any] | None = None
+    generation: Callable[..., Any] | None = None
+    synthesis: Callable[..., Any] | None = None
+    search: Callable[..., Ranking] | None = None
+    student: Callable[..., Any] | None = None
+    tokenizer: Callable[..., Any] | None = None
+    metric: Callable[..., Any] | None = None
+    recipe: Mapping[str, Any] | None = None
+    """The parts, see `hf_compress.parts`."""
 
 
-PARTS = ("objective", "preparation")
 _LITERALS = {f.name for f in fields(Method)} - set(PARTS)
 
 

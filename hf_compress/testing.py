@@ -52,6 +52,7 @@ from . import registry
 from .callback import DistillCallback
 from .errors import NumericalError
 from .objective import Inputs, Objective, Signals
+from .parts import SIGNATURES
 from .taps import Taps, watching
 
 VOCAB, CLASSES, PAD = 60, 5, 0
@@ -466,6 +467,21 @@ def check_the_saved_student_loads(case: Case, folder: Path) -> None:
     assert record["methods"][0]["name"] == case.method, f"the record names {record['methods']}"
 
 
+def check_parts(name: str) -> None:
+    """Every part that the method declares is there and can be called as `hf_compress.parts.SIGNATURES` says."""
+    entry = registry.get(name)
+    method = entry.load()
+    for part, bound in entry.parts.items():
+        value = getattr(method, part)
+        assert value is getattr(importlib.import_module(entry.module), bound), f"{name}: {part} is not {bound}"
+        if (wanted := SIGNATURES.get(part)) is None:
+            continue
+        called = value.__call__ if inspect.isclass(value) else value
+        found = inspect.signature(called).parameters
+        missing = [word for word in wanted if word not in found]
+        assert not missing, f"{name}: {part} {bound} takes no {missing}; it takes {list(found)}"
+
+
 CHECKS: tuple[Callable[[Case, Path], None], ...] = (
     check_a_step_changes_the_student_alone,
     check_accumulation_gives_the_same_gradient,
@@ -480,4 +496,4 @@ CHECKS: tuple[Callable[[Case, Path], None], ...] = (
     check_the_saved_student_loads,
 )
 
-__all__ = ["CHECKS", "Case", "cases", "models", "rows", "trainer", "weights_hash"]
+__all__ = ["CHECKS", "Case", "cases", "check_parts", "models", "rows", "trainer", "weights_hash"]

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from hf_compress import testing
+from hf_compress import registry, testing
 
 
 @pytest.mark.parametrize("case", testing.cases(), ids=str)
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_conformance(check: Callable[[testing.Case, Path], None], case: testing.Case, tmp_path: Path) -> None:
     check(case, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(registry.catalogue().methods))
+def test_the_parts_are_what_is_declared(name: str) -> None:
+    testing.check_parts(name)
