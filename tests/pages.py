@@ -12,25 +12,41 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+from hf_compress_evaluation import claims
 from hf_compress_evaluation.demo.summary import markdown
 
 from hf_compress import registry
 
-BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 
 def pages(root: Path) -> dict[Path, str]:
     """Every generated page of a checkout, by path."""
-    return {root / "plugins" / "README.md": gallery(), root / "README.md": readme(root)}
+    return {
+        root / "plugins" / "README.md": gallery(),
+        root / "README.md": between(root / "README.md", "demo", demo(root)),
+        root / "evaluation" / "README.md": between(root / "evaluation" / "README.md", "claims", claimed(root)),
+    }
 
 
-def readme(root: Path) -> str:
-    """README.md with the table of the committed results between its marks."""
-    text = (root / "README.md").read_text(encoding="utf-8")
+def between(page: Path, mark: str, generated: str) -> str:
+    """The page with the generated text between its marks."""
+    text = page.read_text(encoding="utf-8")
+    begin, end = BEGIN.format(mark), END.format(mark)
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{generated}\n{end}{rest.partition(end)[2]}"
+
+
+def demo(root: Path) -> str:
+    """The table of the demo's committed results."""
     results = root / "evaluation" / "results" / "demo.json"
-    table = markdown(json.loads(results.read_text(encoding="utf-8"))) if results.exists() else ""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+    return markdown(json.loads(results.read_text(encoding="utf-8"))) if results.exists() else ""
+
+
+def claimed(root: Path) -> str:
+    """A section for each claim with committed results, by name."""
+    results = sorted((root / "evaluation" / "results" / "claims").glob("*.json"))
+    return "\n".join(claims.markdown(json.loads(path.read_text(encoding="utf-8"))) for path in results)
 
 
 def gallery() -> str:
