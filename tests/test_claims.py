@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from hf_compress_evaluation import claims
 
 from hf_compress import registry
 from hf_compress.errors import ForeignFileError, UnknownNameError
-from hf_compress_evaluation import claims
 
 RESULTS = Path(__file__).resolve().parent.parent / "evaluation/results/claims"
 

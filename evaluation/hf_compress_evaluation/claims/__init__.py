@@ -1,8 +1,8 @@
 """Each method's own claim, run small: `python -m hf_compress_evaluation.claims NAME` writes results/claims/NAME.json.
 
 A claim is a module of this package with the method's name and one top-level `CLAIM = Claim(...)`. It is run for every
-variant and seed; a finished row is never repeated, so a killed run goes on. What does not show at this scale is reported
-as measured.
+variant and seed; a finished row is never repeated, so a killed run goes on. What does not show at this scale is
+reported as measured.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     claim: Claim | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs what is missing of a claim and writes each row as soon as it is there.
 
@@ -93,7 +93,8 @@ def measure(
         for variant in claim.variants:
             if (variant, seed) in done:
                 continue
-            progress(f"{name}: {variant}, seed {seed}")
+            if progress is not None:
+                progress(f"{name}: {variant}, seed {seed}")
             started = time.monotonic()
             figures = {key: float(value) for key, value in claim.run(variant, seed).items()}
             row = {"variant": variant, "seed": seed, "figures": figures}
