@@ -159,17 +159,24 @@ def terms(
 def select_rows(signals: Signals) -> Rows:
     """The scored rows of both models' logits, chosen before any softmax: what is masked may hold NaN."""
     where = signals.positions
-    student = _flat(signals.student["logits"], where)
+    student = select_logits(signals.student["logits"], where)
     teacher = signals.teacher.get("logits")
+    frozen = {role: taps["logits"] for role, taps in signals.frozen.items() if "logits" in taps}
     return Rows(
         student_logits=student,
-        teacher_logits=None if teacher is None else _flat(teacher, where),
+        teacher_logits=None if teacher is None else select_logits(teacher, where),
+        frozen={role: select_logits(logits, where) for role, logits in frozen.items()},
         labels=where.labels,
         example=where.example,
     )
 
 
-def _flat(logits: Tensor, where: Positions) -> Tensor:
+def select_logits(logits: Tensor, where: Positions) -> Tensor:
+    """(position, class): the scored rows.
+
+    Raises:
+        MismatchError: if the logits have another number of rows than the batch asks for.
+    """
     rows = logits.flatten(0, -2)
     if len(rows) != where.rows:
         raise MismatchError(

@@ -98,6 +98,7 @@ class Training(_Part):
 
     task: Text
     teacher: Model | None = None
+    frozen: dict[Text, Model] = Field(default={}, description="further frozen models by role")
     student: Model
     methods: tuple[Method, ...]
     task_weight: FiniteFloat

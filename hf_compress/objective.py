@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .errors import ConfigurationError, MismatchError
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
     from transformers import PreTrainedConfig
     from transformers.modeling_outputs import ModelOutput
 
@@ -64,6 +65,13 @@ class Needs:
     """Empty: the teacher is called by the method alone. None: no teacher."""
     columns: frozenset[str] = frozenset()
     """Batch columns that the student never sees, in evaluation either."""
+    frozen: tuple[str, ...] = ()
+    """Further frozen models by role, e.g. "reference"; the user gives them as `frozen={"reference": model}`."""
+    teacher_until: str | None = None
+    """Stop the teacher's forward after this tap, which is among `teacher`; what comes later is not computed."""
+    rescored: bool = False
+    """`batch` may change which positions are scored: all objectives of the run are then averaged over examples, as the
+    positions of later micro-batches are not known when a window is counted."""
     same_tokens: bool = True
     """False: the teacher reads other ids of one example; vocabulary and tokenizer checks are off."""
     mean_over: MeanOver = "positions"
@@ -95,6 +103,8 @@ class Rows:
     """(position,)"""
     example: Tensor
     """(position,)"""
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    """(position, vocab) by role, without gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +119,8 @@ class Signals:
     tokens: Tensor
     """(batch, time) bool, the student's real tokens; all True without a mask; (batch, 1) where there is no time."""
     examples: int
+    frozen: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """The teacher's taps (logits where it has none) of each further frozen model, by role."""
 
 
 class Forward(Protocol):
@@ -134,6 +146,14 @@ class Step:
     student: nn.Module
     run_student: Forward
     run_teacher: Forward
+    generate: Callable[..., Tensor]
+    """The student's own `generate` in eval mode without gradient, modes restored; draws are equal after a resume."""
+    evaluate: Callable[[Any, Literal["student", "teacher"]], Tensor]
+    """(row,) mean cross-entropy in nats of each row of a labelled data set, over all ranks."""
+    dataset: Any
+    """The training set."""
+    networks: Mapping[str, nn.Module]
+    """The method's own networks."""
 
 
 class Objective(nn.Module):
@@ -177,6 +197,16 @@ class Objective(nn.Module):
 
     def build(self, student: Shapes, teacher: Shapes) -> None:
         """Makes learned parts and buffers that depend on shapes, from one dry forward of two rows."""
+
+    def networks(self, teacher: nn.Module | None) -> Mapping[str, tuple[nn.Module, Optimizer]]:
+        """Networks of its own with their optimizers, made once; never assigned to `self`, as the student's optimizer
+        and checkpoint would take them. They are saved beside each checkpoint."""
+        return {}
+
+    def network_losses(self, inputs: Inputs, step: Step) -> Mapping[str, Tensor]:
+        """() losses of its networks for one micro-batch, before `batch`; the framework does backward, all-reduce and,
+        on the window's last micro-batch, the optimizers' step, so that the student sees the changed networks."""
+        return {}
 
     def batch(self, inputs: Inputs, step: Step) -> Inputs:
         """What the student sees instead of the batch: noise, masks."""

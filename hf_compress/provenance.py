@@ -121,6 +121,7 @@ def describe_training(run: Run, *, seconds: float) -> facts.Training:
     return facts.Training(
         task=run.task,
         teacher=None if run.teacher is None else run.teacher.describe(),
+        frozen={role: other.describe() for role, other in run.frozen.items()},
         student=describe_model(unwrap(run.student), run.sizes.layers),
         methods=tuple(describe_method(objective) for objective in run.distiller.objectives),
         task_weight=run.task_weight,

@@ -8,7 +8,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,17 +21,29 @@ from . import distiller as d
 from . import objective as o
 from . import registry
 from .checks import check_apart, check_head, check_ids, check_labels, check_pair, check_tokenizers
+from .data import Mixture, check_mixture
 from .distiller import PREFIX, Counts, Distiller
-from .errors import ConfigurationError, MismatchError, NumericalError, ResumeError, UnusedLossError
-from .objective import Inputs, Kind, Objective, Signals, Step
+from .errors import (
+    ConfigurationError,
+    MismatchError,
+    NumericalError,
+    ResumeError,
+    UnknownNameError,
+    UnusedLossError,
+)
+from .networks import Networks
+from .objective import Inputs, Kind, Needs, Objective, Signals, Step
 from .outputs import loss_of, with_loss, without_states
 from .provenance import describe_training, task_of
 from .resume import SIDE_FILE, read_checkpoint, resumed_folder
+from .stepping import make_step
 from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
 from .teachers import Teacher, teacher_for
 
 logger = logging.getLogger(__name__)
 
+_HISTORY = "mixture"
+"""The distiller's buffer with the weights of a `Mixture`."""
 _BELOW = "below "
 """Marks the denominator of an objective among the sums of an evaluation."""
 
@@ -48,6 +60,8 @@ class DistillConfig:
     """Where the student's distributions stand; None: told by the class of the model."""
     data: str | None = None
     """Name of the training data for the record, e.g. its hub id."""
+    frozen: Mapping[str, nn.Module | str | Path | Teacher] = field(default_factory=dict)
+    """Further frozen models that a method asks for by role, e.g. {"reference": model}; given as the teacher is."""
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in get_args(Kind):
@@ -98,12 +112,15 @@ class Run:
             check_apart(student, source)
         self.teacher = None if source is None else teacher_for(source, student, config.kind)
         theirs = None if self.teacher is None else self.teacher.sizes
-        self.needs = [objective.needs(self.sizes, theirs) for objective in objectives]
+        self.needs = _agreed([objective.needs(self.sizes, theirs) for objective in objectives])
+        self._check_rescored(objectives)
+        self.frozen = self._frozen(config.frozen)
         if self.teacher is None and any(need.teacher is not None for need in self.needs):
             names = [obj.name for obj, need in zip(objectives, self.needs, strict=True) if need.teacher is not None]
             raise ConfigurationError(f"{names} need a teacher: DistillCallback(teacher, method=…).")
-        if self.teacher is not None:
-            check_pair(self.needs, self.sizes, self.teacher.sizes)
+        for other in (self.teacher, *self.frozen.values()):
+            if other is not None:
+                check_pair(self.needs, self.sizes, other.sizes)
         self._distributions = any(objective.overrides("per_position") for objective in objectives)
         if self._distributions:
             check_head(self.sizes)
@@ -118,6 +135,7 @@ class Run:
         if self.teacher is not None and self._shared_ids:
             check_tokenizers(trainer.processing_class, self.sizes, self.teacher.sizes)
         self.distiller = Distiller(objectives)
+        self.networks = Networks({})
         self.columns = frozenset().union(*(need.columns for need in self.needs))
         self._taps: Taps | None = None
         self._handles: list[Any] = []
@@ -127,6 +145,29 @@ class Run:
         self._reset()
         self.distiller.register_load_state_dict_post_hook(self._note_loaded)  # type: ignore[no-untyped-call]  # torch
         logger.info("hf_compress: %s with %s", self.task, ", ".join(objective.name for objective in objectives))
+
+    def _frozen(self, given: Mapping[str, nn.Module | str | Path | Teacher]) -> dict[str, Teacher]:
+        """The further frozen models by role: those that the methods ask for, no others."""
+        wanted = {role for need in self.needs for role in need.frozen}
+        for role in sorted(wanted - given.keys()):
+            raise ConfigurationError(
+                f"a method needs a frozen {role!r} model: DistillCallback(…, frozen={{{role!r}: …}})."
+            )
+        for role in given.keys() - wanted:
+            raise UnknownNameError("role of a frozen model", role, sorted(wanted))
+        for source in given.values():
+            if isinstance(source, nn.Module):
+                check_apart(self.student, source)
+        return {role: teacher_for(source, self.student, self.config.kind) for role, source in given.items()}
+
+    def _check_rescored(self, objectives: Sequence[Objective]) -> None:
+        """Labels that a method writes itself are no targets for the task's own loss."""
+        names = [obj.name for obj, need in zip(objectives, self.needs, strict=True) if need.rescored]
+        if names and self.task_weight:
+            raise ConfigurationError(
+                f"{names} may replace the labels by the student's own tokens, which the task's own loss must not "
+                "learn: leave task_weight and alpha out, or set alpha=1."
+            )
 
     def _reset(self) -> None:
         self.window: Counts | None = None
@@ -161,14 +202,17 @@ class Run:
             return
         trainer = self.trainer
         device = trainer.args.device
+        wanted: frozenset[str] = frozenset().union(*(need.teacher or frozenset() for need in self.needs))
         if self.teacher is not None:
-            wanted: frozenset[str] = frozenset().union(*(need.teacher or frozenset() for need in self.needs))
-            self.teacher.prepare(wanted, device)
+            self.teacher.prepare(wanted, device, until=_until(self.needs))
+        for other in self.frozen.values():
+            other.prepare(wanted or frozenset({"logits"}), device)
         names: frozenset[str] = frozenset().union(*(need.student for need in self.needs))
         try:
             self._taps = Taps(self.student, names, self.sizes.layers)
             if not self._built:
                 self._build()
+                self._place_mixture()
                 self._initial = {name: buffer.clone() for name, buffer in self.distiller.named_buffers()}
             self.distiller.to(device)
             self.student.distiller = self.distiller
@@ -244,8 +288,9 @@ class Run:
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
-        if self.teacher is not None:
-            self.teacher.close()
+        for other in (self.teacher, *self.frozen.values()):
+            if other is not None:
+                other.close()
         self._loaded = None
 
     # ------------------------------------------------------------------ life cycle
@@ -265,22 +310,54 @@ class Run:
                 f"the optimizer does not hold the learned parts {learned[:3]}. Build it once the callback is attached: "
                 "let the Trainer make it, or pass optimizer_cls_and_kwargs."
             )
+        self._make_networks()
         if state.global_step > 0:
             self._check_resumed(state.global_step)
         else:  # a second train(), or a retry with a smaller batch, starts its schedules anew
             for name, buffer in self.distiller.named_buffers():
                 buffer.copy_(self._initial[name])
+        if isinstance(self.trainer.train_dataset, Mixture):
+            self.trainer.train_dataset.restore(self.distiller.get_buffer(_HISTORY))
         self._loaded = None
+
+    def _place_mixture(self) -> None:
+        """The weights that a `Mixture` has had are state of the run: kept in a buffer, so in every checkpoint."""
+        data = self.trainer.train_dataset
+        check_mixture(data, self.trainer.args.train_sampling_strategy)
+        if isinstance(data, Mixture):
+            self.distiller.register_buffer(_HISTORY, data.history.clone())
+
+    def _make_networks(self) -> None:
+        """The methods' own networks, anew for each `train()`; a resumed run then loads their state."""
+        model = getattr(self.teacher, "model", None)
+        device = self.trainer.args.device
+        made: dict[str, tuple[nn.Module, Any]] = {}
+        for objective in self.distiller.objectives:
+            if not objective.overrides("networks"):
+                continue
+            with torch.random.fork_rng():
+                torch.manual_seed(self.trainer.args.seed)
+                own = objective.networks(model)
+            if taken := made.keys() & own.keys():
+                raise ConfigurationError(f"two methods of one run have a network {min(taken)!r}; use one of them.")
+            made |= own
+        for network, _ in made.values():
+            network.to(device)
+        self.networks = Networks(made)
 
     def _note_loaded(self, _module: nn.Module, keys: Any) -> None:
         self._loaded = [key for key in keys.missing_keys if PREFIX in key or key.split(".")[0] in self.distiller]
 
     def _check_resumed(self, step: int) -> None:
         """A resumed run has every entry of the distiller from the checkpoint, or from the side file, or stops."""
+        folder = resumed_folder()
+        if self.networks:
+            if folder is None:
+                raise ResumeError(f"step {step}: no checkpoint folder is known to load the networks from.")
+            self.networks.load(folder)
         wanted = set(self.distiller.state_dict())
         if not wanted or self._loaded == []:
             return
-        folder = resumed_folder()
         missing = wanted
         if folder is not None:
             found = read_checkpoint(folder)
@@ -294,7 +371,9 @@ class Run:
         )
 
     def save_beside(self, folder: Path) -> None:
-        """Writes our state beside a checkpoint that holds adapters only."""
+        """Writes what a checkpoint does not hold: networks, and our state beside adapters alone."""
+        if self.networks and folder.is_dir():
+            self.networks.save(folder)
         state = self.distiller.state_dict()
         if state and hasattr(self.student, "peft_config") and folder.is_dir():
             part = folder / f"{SIDE_FILE}.part"
@@ -361,8 +440,9 @@ class Run:
                 f"{sorted(inputs)}. Add them to the data set and to what the collator passes on."
             )
         if training or self._step is None:
-            self._step = self._make_step()
+            self._step = make_step(self)
         if training:
+            self._train_networks({k: v for k, v in inputs.items() if isinstance(v, Tensor)}, self._step)
             for objective in self.distiller.objectives:
                 if objective.overrides("batch"):
                     inputs = objective.batch(inputs, self._step)
@@ -378,6 +458,18 @@ class Run:
             seen["return_dict"] = True
         self._taps.start()
         return (), seen
+
+    def _train_networks(self, inputs: Inputs, step: Step) -> None:
+        """One micro-batch for the methods' networks; they step with the window's last."""
+        for objective in self.distiller.objectives if self.networks else ():
+            with torch.enable_grad():
+                losses = objective.network_losses(inputs, step)
+            if losses:
+                self.networks.backward(losses, micros=self.micros, step=step.global_step)
+            for name, loss in losses.items():
+                self.sums.add(f"network/{name}", loss.detach() / self.micros)
+        if self.networks and self.micro == self.micros - 1:
+            self.networks.step(self.trainer.accelerator)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -434,6 +526,7 @@ class Run:
         return Signals(
             student=student,
             teacher=seen,
+            frozen={role: other(inputs) for role, other in self.frozen.items()},
             inputs=inputs,
             positions=o.positions(self.kind, inputs),
             tokens=o.tokens(inputs),
@@ -472,31 +565,6 @@ class Run:
         self.waiting += 1
         self.micro += 1
         return total
-
-    def _make_step(self) -> Step:
-        state, args = self.trainer.state, self.trainer.args
-        place = (args.seed, state.global_step, self.micro)
-        return Step(
-            global_step=state.global_step,
-            max_steps=state.max_steps,
-            epoch=float(state.epoch or 0.0),
-            micro=self.micro,
-            micros=self.micros,
-            generator=d.generator(args.device, *place, args.process_index),
-            shared=d.generator(args.device, *place, -1),
-            student=self.student,
-            run_student=self._run_student,
-            run_teacher=self._run_teacher,
-        )
-
-    def _run_student(self, *, grad: bool = False, **inputs: Any) -> Any:
-        with torch.set_grad_enabled(grad):
-            return self.student.forward(**inputs)  # not __call__: the hook must not be entered again
-
-    def _run_teacher(self, *, grad: bool = False, **inputs: Any) -> Any:
-        if self.teacher is None:
-            raise ConfigurationError("this run has no teacher.")
-        return self.teacher.run(grad=grad, **inputs)
 
     # ------------------------------------------------------------------ never silent
 
@@ -545,6 +613,8 @@ class Run:
                     objective.after_step(self._step, own)
         self._means = _Sums({})
         self.window = None
+        if isinstance(self.trainer.train_dataset, Mixture):
+            self.distiller.get_buffer(_HISTORY).copy_(self.trainer.train_dataset.history)
 
     def _over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         accelerator = self.trainer.accelerator
@@ -605,6 +675,19 @@ class Run:
         if self._evaluating is not None and self.pending is not None and not self._is_training():
             (inputs, signals), self.pending = self.pending, None
             self._measure(signals, inputs)
+
+
+def _agreed(needs: list[Needs]) -> list[Needs]:
+    """The needs of a run: where one method rescores, all are averaged over examples."""
+    if not any(need.rescored for need in needs):
+        return needs
+    return [replace(need, mean_over="examples") if need.mean_over != "batch" else need for need in needs]
+
+
+def _until(needs: Sequence[Needs]) -> str | None:
+    """The tap after which the teacher may stop: only where every method that taps it names the same one."""
+    named = {need.teacher_until for need in needs if need.teacher}
+    return named.pop() if len(named) == 1 else None
 
 
 def resolve_methods(method: str | Objective | Sequence[str | Objective] | None, task: str) -> list[Objective]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import ConfigurationError
+from .taps import stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,16 +127,13 @@ def _stack(model: nn.Module) -> str:
             "Build the student from a config with fewer encoder_layers and decoder_layers."
         )
     depth = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
-    stacks = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    outer = stacks(model, depth or 0)
     if len(outer) != 1:
         raise ConfigurationError(
             f"shrink looks for one list of {depth} layers in {type(model).__name__} and found {outer or 'none'}. "
             "Build the student from a config of your own."
         )
-    return str(outer[0])
+    return outer[0]
 
 
 def _choose(depth: int, layers: int | Sequence[int], keep: Keep) -> list[int]:

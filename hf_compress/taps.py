@@ -43,6 +43,10 @@ def body(model: nn.Module) -> nn.Module | None:
     return None if base is inner else base
 
 
+class Reached(Exception):  # noqa: N818 (no error: it ends a forward whose last tap has been recorded)
+    """The forward has come to the tap after which nothing is wanted."""
+
+
 class Taps:
     """Records the named taps of one model.
 
@@ -50,10 +54,12 @@ class Taps:
         model: student or teacher; hooks are placed on its inner modules until `remove`.
         names: tap names as in `Needs`.
         layers: its number of layers, to resolve negative indices.
+        until: `hidden:i` or `output:NAME`: a watched forward raises `Reached` once it is recorded. Hidden states are
+            then read from the blocks, as the model never gets to return them.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], layers: int) -> None:
-        self.model, self.names, self.layers = model, frozenset(names), layers
+    def __init__(self, model: nn.Module, names: Iterable[str], layers: int, until: str | None = None) -> None:
+        self.model, self.names, self.layers, self.until = model, frozenset(names), layers, until
         self.record: dict[str, Tensor] = {}
         self._calls = 0
         self._on = False
@@ -70,7 +76,8 @@ class Taps:
     @property
     def hidden_states(self) -> bool:
         """Whether the forward has to be asked for `output_hidden_states`."""
-        return any(name.startswith("hidden:") and name != "hidden:-1" for name in self.names)
+        early = self.until is not None
+        return not early and any(name.startswith("hidden:") and name != "hidden:-1" for name in self.names)
 
     def _resolve(self, name: str) -> tuple[str, int]:
         letter, _, index = name.partition(":")
@@ -95,6 +102,37 @@ class Taps:
                 self._handles.append(modules[path].register_forward_hook(self._keep_first(name)))
         if self._attention:
             self._tap_attention()
+        if self.until is not None:
+            self._place_early(self.until)
+
+    def _place_early(self, until: str) -> None:
+        """Hidden states from the blocks themselves, and the end of the forward after the last wanted one."""
+        if until not in self.names or until.partition(":")[0] not in ("hidden", "output"):
+            raise ConfigurationError(f"teacher_until must be a tapped hidden:i or output:NAME, got {until!r}.")
+        for name in sorted(self.names, key=lambda name: name == until):  # its hook is the last on its module
+            if not name.startswith("hidden:"):
+                continue
+            index = int(name.partition(":")[2])
+            if not 0 <= index < self.layers:
+                raise MismatchError(f"tap {name!r} with teacher_until: give hidden:0 … hidden:{self.layers - 1}.")
+            stack = blocks(self.model, self.layers)
+            if index == 0:
+                self._handles.append(stack[0].register_forward_pre_hook(self._keep_input(name), with_kwargs=True))
+            else:
+                self._handles.append(stack[index - 1].register_forward_hook(self._keep_first(name)))
+        module = self._source(until)
+        hook = module.register_forward_pre_hook if until == "hidden:0" else module.register_forward_hook
+        self._handles.append(hook(self._stop_here))
+
+    def _source(self, name: str) -> nn.Module:
+        kind, _, path = name.partition(":")
+        if kind == "output":
+            return self.model.get_submodule(path)
+        return blocks(self.model, self.layers)[max(int(path) - 1, 0)]
+
+    def _stop_here(self, *_: Any) -> None:
+        if self._on:
+            raise Reached
 
     def _keep_first(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -164,7 +202,7 @@ class Taps:
         kind, _, index = name.partition(":")
         if kind == "logits":
             return logits_of(output)
-        if kind == "hidden" and index != "-1":
+        if kind == "hidden" and index != "-1" and self.until is None:
             return hidden_state(output, name, int(index))
         if kind in ("q", "k", "v"):
             letter, layer = self._resolve(name)
@@ -187,6 +225,28 @@ class Taps:
         if self._implementation is not None:
             self.model.set_attn_implementation(self._implementation)  # type: ignore[operator]  # as in _tap_attention
             self._implementation = None
+
+
+def stacks(model: nn.Module, depth: int) -> list[str]:
+    """Names of the lists of modules that are as long as a model is deep, lists inside such a list left out."""
+    found = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth and depth]
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def blocks(model: nn.Module, depth: int) -> nn.ModuleList:
+    """The stack of a model's blocks.
+
+    Raises:
+        MismatchError: if there is no list of modules that is as long as the model is deep, or more than one.
+    """
+    names = stacks(model, depth)
+    if len(names) != 1:
+        raise MismatchError(
+            f"{type(model).__name__}: one stack of {depth} blocks was expected, found {names or 'none'}."
+        )
+    stack = model.get_submodule(names[0])
+    assert isinstance(stack, nn.ModuleList)  # as `stacks` chose it
+    return stack
 
 
 @contextmanager

@@ -53,6 +53,7 @@ from .callback import DistillCallback
 from .errors import NumericalError
 from .objective import Inputs, Objective, Signals
 from .parts import SIGNATURES
+from .run import DistillConfig
 from .taps import Taps, watching
 
 VOCAB, CLASSES, PAD = 60, 5, 0
@@ -181,6 +182,7 @@ def trainer(
     folder: Path,
     *,
     objective: Objective | None = None,
+    config: DistillConfig | None = None,
     dtype: torch.dtype = torch.float32,
     data: list[dict[str, Any]] | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
@@ -200,7 +202,7 @@ def trainer(
         "use_cpu": True,
         "train_sampling_strategy": "sequential",
     }
-    callback = DistillCallback(teacher, case.objective() if objective is None else objective)
+    callback = DistillCallback(teacher, case.objective() if objective is None else objective, config=config)
     made = Trainer(
         model=student,
         args=TrainingArguments(str(folder), **(defaults | settings)),
@@ -280,6 +282,10 @@ def _step(student: nn.Module, teacher: nn.Module) -> o.Step:
         student=student,
         run_student=run(student),
         run_teacher=run(teacher),
+        generate=student.generate,  # type: ignore[arg-type]  # of a PreTrainedModel
+        evaluate=lambda dataset, _: torch.ones(len(dataset)),
+        dataset=None,
+        networks={},
     )
 
 

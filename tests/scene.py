@@ -38,6 +38,10 @@ def step(global_step: int = 0, max_steps: int = 10) -> Step:
         student=nn.Identity(),
         run_student=nothing,
         run_teacher=nothing,
+        generate=nothing,
+        evaluate=nothing,
+        dataset=None,
+        networks={},
     )
 
 

@@ -19,8 +19,8 @@ class Teacher(Protocol):
 
     sizes: Sizes
 
-    def prepare(self, taps: frozenset[str], device: torch.device) -> None:
-        """Called when training is set up: place the model, put the taps."""
+    def prepare(self, taps: frozenset[str], device: torch.device, until: str | None = None) -> None:
+        """Called when training is set up: place the model, put the taps; nothing after tap `until` is wanted."""
 
     def __call__(self, inputs: Inputs) -> Mapping[str, Tensor]:
         """The taps for one batch, without gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from hf_compress import facts
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.objective import Inputs, Kind, sizes
-from hf_compress.taps import Taps, unwrap, watching
+from hf_compress.taps import Reached, Taps, unwrap, watching
 
 NEVER = frozenset({"labels", "num_items_in_batch", "start_positions", "end_positions", "fused_lm_head"})
 """Inputs that would make the teacher compute a loss of its own."""
@@ -38,7 +39,7 @@ class ModelTeacher:
         parameters = inspect.signature(model.forward).parameters
         self._accepted = None if _takes_any(parameters) and not parameters.keys() & {"input_ids"} else set(parameters)
 
-    def prepare(self, taps: frozenset[str], device: torch.device) -> None:
+    def prepare(self, taps: frozenset[str], device: torch.device, until: str | None = None) -> None:
         if self._taps is not None:
             return
         self._modes = [module for module in self.model.modules() if module.training]
@@ -47,7 +48,7 @@ class ModelTeacher:
         self.model.requires_grad_(False)
         if not getattr(self.model, "hf_device_map", None):
             self.model.to(device)
-        self._taps = Taps(self.model, taps, self.sizes.layers)
+        self._taps = Taps(self.model, taps, self.sizes.layers, until)
 
     def __call__(self, inputs: Inputs) -> Mapping[str, Tensor]:
         if self._taps is None:
@@ -57,7 +58,8 @@ class ModelTeacher:
             given["output_hidden_states"] = True
         if getattr(self.sizes.config, "return_dict", True) is False:
             given["return_dict"] = True
-        with watching(self._taps):
+        output = None
+        with watching(self._taps), contextlib.suppress(Reached):
             output = self.run(**given)
         return {name: tensor.detach() for name, tensor in self._taps.read(output).items()}
 

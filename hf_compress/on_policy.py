@@ -1,0 +1,106 @@
+"""Batches that the student writes itself: its own continuations of the data's prompts, with labels to be scored.
+
+The prompt is what stands before a row's first label that is not -100. Prompts are padded on the left, as `generate`
+asks; labels end at the first end-of-sequence token, which is scored; the prompt never is. No gradient flows through
+sampling.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MismatchError
+from .objective import IGNORED, Inputs, Step
+from .taps import unwrap
+
+
+def prompts(inputs: Inputs, pad: int) -> tuple[Tensor, Tensor]:
+    """The prompts of a causal batch, padded on the left to the longest.
+
+    Args:
+        inputs: input_ids and labels (batch, time), unshifted, and an attention_mask where there is padding.
+        pad: id that fills.
+
+    Returns:
+        ids and mask, (batch, prompt time).
+
+    Raises:
+        MismatchError: if the batch has no labels, or a row's labels begin with its first token: it has no prompt.
+    """
+    ids, labels = inputs["input_ids"], inputs.get("labels")
+    remedy = "Give labels that are -100 on the prompt and token ids on the answer."
+    if labels is None:
+        raise MismatchError(f"on-policy batches need labels that tell the prompt from the answer. {remedy}")
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    prompt = real & ((labels != IGNORED).cumsum(1) == 0)
+    lengths = prompt.sum(1)
+    if not bool((lengths > 0).all()):
+        row = int((lengths == 0).nonzero()[0])
+        raise MismatchError(f"on-policy batches need prompts, and row {row} of the batch has none. {remedy}")
+    width = int(lengths.max())
+    mask = torch.arange(width, device=ids.device) >= (width - lengths)[:, None]
+    filled = torch.full_like(mask, pad, dtype=ids.dtype).masked_scatter(mask, ids[prompt])
+    return filled, mask.long()
+
+
+def rebuild(generated: Tensor, prompt_mask: Tensor, ends: Sequence[int]) -> Inputs:
+    """A batch from generated sequences: the answer up to and with its first end is labelled, nothing else is.
+
+    Args:
+        generated: (batch, time) ids, prompts first.
+        prompt_mask: (batch, prompt time), 1 on real tokens.
+        ends: ids of end-of-sequence tokens.
+
+    Returns:
+        input_ids, attention_mask and labels, each (batch, time).
+    """
+    answer = generated[:, prompt_mask.shape[1] :]
+    end = torch.isin(answer, torch.tensor(list(ends), dtype=answer.dtype, device=answer.device))
+    real = end.cumsum(1) - end.long() == 0
+    mask = torch.cat([prompt_mask.bool(), real], 1)
+    scored = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), real], 1)
+    return {
+        "input_ids": generated,
+        "attention_mask": mask.long(),
+        "labels": generated.masked_fill(~scored, IGNORED),
+    }
+
+
+def on_policy(inputs: Inputs, step: Step, **sampling: Any) -> Inputs:
+    """The batch with its answers replaced by the student's own.
+
+    Args:
+        inputs: a batch of a causal or an encoder-decoder model.
+        step: gives the student and its `generate`.
+        sampling: settings of `generate`, e.g. do_sample, temperature, max_new_tokens.
+
+    Returns:
+        the columns of `rebuild`, with position ids where the student takes them; for an encoder-decoder the encoder's
+        inputs and labels. Other columns that run along the old tokens are left out.
+
+    Raises:
+        MismatchError: as `prompts`.
+    """
+    model = unwrap(step.student)
+    settings = model.generation_config
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = [end for end in ends if end is not None]
+    pad = next((one for one in (settings.pad_token_id, *ends) if one is not None), 0)
+    sampling = {"pad_token_id": pad} | sampling
+    if model.config.is_encoder_decoder:
+        encoder = {k: v for k, v in inputs.items() if k != "labels" and not k.startswith("decoder_")}
+        generated = step.generate(**encoder, **sampling)
+        answer = rebuild(generated, torch.zeros_like(generated[:, :1]), ends)  # the first token starts the decoder
+        return encoder | {"labels": answer["labels"][:, 1:].contiguous()}
+    ids, mask = prompts(inputs, pad)
+    found = rebuild(step.generate(input_ids=ids, attention_mask=mask, **sampling), mask, ends)
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        found["position_ids"] = (found["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    along = inputs["input_ids"].shape
+    kept = {k: v for k, v in inputs.items() if not (isinstance(v, Tensor) and v.shape[:2] == along)}
+    return kept | found

@@ -1,0 +1,125 @@
+"""Networks of a method with optimizers of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from hf_compress import testing
+from hf_compress.errors import ConfigurationError, NumericalError, ResumeError
+from hf_compress.networks import OPTIMIZERS, WEIGHTS, Networks
+from hf_compress.objective import Inputs, Rows, Step
+
+LR = 0.1
+
+
+class WithCritic(toys.Toy):
+    """A network of one weight w with loss (w - rows of the batch)², that scales the term."""
+
+    made = 0
+    seen: list[float]
+    optimizer: type[Optimizer] = SGD
+
+    def networks(self, teacher: nn.Module | None) -> Mapping[str, tuple[nn.Module, Optimizer]]:
+        assert teacher is not None
+        type(self).made += 1
+        type(self).seen = []
+        critic = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(critic.weight)
+        return {"critic": (critic, self.optimizer(critic.parameters(), lr=LR))}  # type: ignore[call-arg]
+
+    def network_losses(self, inputs: Inputs, step: Step) -> Mapping[str, Tensor]:
+        weight = step.networks["critic"].weight
+        return {"critic": (weight.sum() - len(inputs["input_ids"])).square()}
+
+    def per_position(self, rows: Rows, step: Step) -> Tensor:
+        weight = step.networks["critic"].weight.detach().sum()
+        self.seen.append(weight.item())
+        return super().per_position(rows, step) * weight
+
+
+class WithAdam(WithCritic):
+    optimizer = Adam
+
+
+def test_it_steps_once_a_window_before_the_student_sees_it(tmp_path: Path) -> None:
+    """(w - n)² from w = 0 with rate 0.1: w₁ = 0.2 n, whether the window is one batch or two."""
+    toys.run(tmp_path, WithCritic(), max_steps=2)[0].train()
+    assert WithCritic.seen == pytest.approx([0.8, 0.8 + 0.2 * (4 - 0.8)])
+
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    toys.run(tmp_path, WithCritic(), **settings)[0].train()
+    assert WithCritic.seen == pytest.approx([0.0, 0.4])
+
+
+def test_it_is_no_part_of_the_student(tmp_path: Path) -> None:
+    trainer, _ = toys.run(tmp_path, WithCritic(), save_strategy="steps", save_steps=1)
+    trainer.train()
+    known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not [
+        p for p in trainer.callback_handler.callbacks[1].run.networks.modules["critic"].parameters() if id(p) in known
+    ]
+    assert not [name for name in trainer.model.state_dict() if "critic" in name]
+    assert (tmp_path / "checkpoint-1" / WEIGHTS).exists()
+    assert toys.logged(trainer, "network/critic") == pytest.approx([16.0])
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
+    whole, _ = toys.run(tmp_path / "whole", WithAdam(), max_steps=6, **settings)
+    whole.train()
+    seen = WithAdam.seen
+    second, _ = toys.run(tmp_path / "parts", WithAdam(), max_steps=6, **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert WithAdam.seen == seen[3:]
+    assert testing.weights_hash(second.model) == testing.weights_hash(whole.model)
+
+
+def test_a_second_train_starts_anew(tmp_path: Path) -> None:
+    trainer, _ = toys.run(tmp_path, WithCritic())
+    trainer.train()
+    first = WithCritic.seen
+    trainer.train()
+    assert WithCritic.seen == first
+
+
+@pytest.mark.parametrize("missing", [WEIGHTS, OPTIMIZERS])
+def test_a_checkpoint_without_them_is_refused(tmp_path: Path, missing: str) -> None:
+    trainer, _ = toys.run(tmp_path, WithCritic(), max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    (tmp_path / "checkpoint-1" / missing).unlink()
+    again, _ = toys.run(tmp_path, WithCritic(), max_steps=2)
+    with pytest.raises(ResumeError, match="checkpoint-1 holds no"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    class Spoilt(WithCritic):
+        def network_losses(self, inputs: Inputs, step: Step) -> Mapping[str, Tensor]:
+            return {"critic": step.networks["critic"].weight.sum() * math.nan}
+
+    trainer, _ = toys.run(tmp_path, Spoilt())
+    with pytest.raises(NumericalError, match="step 0: network loss 'critic'"):
+        trainer.train()
+
+
+def test_gradients_reach_the_networks_alone(tmp_path: Path) -> None:
+    """A loss that runs through the teacher's input and the student's weights leaves both without gradients."""
+    teacher, network = nn.Linear(1, 1), nn.Linear(1, 1)
+    made = Networks({"n": (network, SGD(network.parameters(), lr=LR))})
+    made.backward({"n": teacher(network(torch.ones(1, 1))).sum()}, micros=1, step=0)
+    assert teacher.weight.grad is None
+    torch.testing.assert_close(network.weight.grad, teacher.weight.detach())
+
+
+def test_an_optimizer_of_another_module_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="network 'n'"):
+        Networks({"n": (nn.Linear(1, 1), SGD(nn.Linear(1, 1).parameters(), lr=LR))})
