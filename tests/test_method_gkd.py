@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hf_compress_plugins.general import gkd as module
 from hf_compress_plugins.general.gkd import GKD, Divergence, gkd
 from scene import logits, rows, step
 from torch import Tensor
 
+from hf_compress import testing
 from hf_compress.errors import ConfigurationError, MismatchError
+from hf_compress.objective import Signals, Step
+from hf_compress.on_policy import on_policy
 
 CHOICES: tuple[Divergence, ...] = ("jsd", "tvd", "skew_kl", "skew_rkl")
 
@@ -118,4 +125,67 @@ def test_other_vocabularies_are_refused_by_name() -> None:
 )
 def test_settings_that_cannot_be_served_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
+        GKD(**settings)
+
+
+def answered(task: str = "text-generation") -> list[dict[str, Any]]:
+    """The suite's rows with a prompt of two tokens."""
+    rows = testing.rows(task)
+    for row in rows:
+        row["labels"] = [-100, -100, *row["input_ids"][2:]]
+    return rows
+
+
+def test_a_part_of_the_batches_is_answered_by_the_student(tmp_path: Path) -> None:
+    """λ = 0 samples nothing and λ = 1 always; between them each batch draws, and a run draws as the one before it."""
+    case, counts = testing.Case("gkd", "text-generation"), {}
+    for lmbda in (0.0, 0.5, 1.0, 0.5):
+        with mock.patch.object(module, "on_policy", wraps=on_policy) as called:
+            objective = GKD(lmbda=lmbda, max_new_tokens=4)
+            trainer, _ = testing.trainer(case, tmp_path, objective=objective, data=answered(), max_steps=12)
+            trainer.train()
+        drawn = [call.args[1].global_step for call in called.call_args_list]
+        assert counts.setdefault(lmbda, drawn) == drawn
+    assert counts[0.0] == []
+    assert counts[1.0] == list(range(12))
+    assert 2 <= len(counts[0.5]) <= 10
+
+
+def test_sampling_is_the_paper_s(tmp_path: Path) -> None:
+    """The student's whole distribution at the sampling temperature: no top-k, no top-p."""
+    trainer, _ = testing.trainer(
+        testing.Case("gkd", "text-generation"), tmp_path, objective=GKD(lmbda=1.0, max_new_tokens=4), data=answered()
+    )
+    with mock.patch.object(trainer.model, "generate", wraps=trainer.model.generate) as called:
+        trainer.train()
+    settings = called.call_args.kwargs
+    assert settings["do_sample"]
+    assert (settings["temperature"], settings["top_k"], settings["top_p"]) == (0.9, 0, 1.0)
+    assert settings["max_new_tokens"] == 4
+
+
+def test_the_value_is_the_mean_over_answers_of_each_answer_s_mean(tmp_path: Path) -> None:
+    kept: list[Signals] = []
+
+    class Kept(GKD):
+        def forward(self, signals: Signals, step: Step) -> dict[str, Tensor]:
+            kept.append(signals)
+            return {}
+
+    Kept.__module__ = GKD.__module__
+    case = testing.Case("gkd", "text-generation")
+    trainer, _ = testing.trainer(case, tmp_path, objective=Kept(lmbda=1.0, max_new_tokens=6), data=answered())
+    trainer.train()
+    (signals,) = kept
+    where = signals.positions
+    rows = [taps["logits"].detach().flatten(0, 1)[where.index] for taps in (signals.student, signals.teacher)]
+    values = gkd(*rows, beta=0.5)
+    means = torch.stack([values[where.example == example].mean() for example in range(4)])
+    logged = [entry["distill_loss"] for entry in trainer.state.log_history if "distill_loss" in entry]
+    assert logged == pytest.approx([means.mean().item()], rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"lmbda": -0.1}, {"lmbda": 1.1}, {"max_new_tokens": 0}])
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="lmbda"):
         GKD(**settings)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_compress import DistillCallback
 from hf_compress.divergences import cross_entropy, jsd, kl, log_probabilities, skew_kl, tvd
+from hf_compress.on_policy import rebuild
 
 BETAS, TEMPERATURES = ("0", "0.1", "0.5", "0.9", "1"), ("1.0", "0.9", "2.0")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -131,3 +132,12 @@ def test_a_class_that_both_models_exclude(name: str) -> None:
     torch.testing.assert_close(loss.detach(), data[f"inf/{name}/loss"], **SINGLE)
     assert student.grad is not None
     assert student.grad.isfinite().all()
+
+
+def test_labels_of_generated_batches() -> None:
+    data = oracle.load("gkd_jsd")
+
+    found = rebuild(data["onpolicy/generated"], data["onpolicy/prompt_attention_mask"], [2])
+
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(found[name], data[f"onpolicy/out_{name}"]), name

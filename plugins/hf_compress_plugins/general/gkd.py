@@ -1,4 +1,4 @@
-"""Generalised knowledge distillation on a fixed data set (off-policy).
+"""Generalised knowledge distillation, on the data's answers or on the student's own.
 
 Agarwal, Vieillard, Zhou, Stanczyk, Ramos, Geist, Bachem: On-Policy Distillation of Language Models: Learning from
 Self-Generated Mistakes, ICLR 2024, arXiv:2306.13649, section 3.
@@ -10,6 +10,11 @@ D may also be the total variation (DistillSpec, arXiv:2310.08461) or a skewed KL
 (DistiLLM, arXiv:2402.03898), with β as the part of the first distribution in m. The teacher carries no gradient. There
 is no T²: the paper has none. The task's own loss is left out (weight 0), as in the paper's objective.
 
+With probability λ, one draw a batch and the same on all ranks, the answers of a batch are replaced by samples of the
+current student (Algorithm 1); the divergence is then averaged within each answer and over answers, as the objective's
+1/|y| says, because the lengths of a window's later batches are not known. Through sampling there is no gradient; the
+prompt is not scored, the end-of-sequence token is.
+
 With small β the JSD's gradient is small: at β = 0.1 its value is about a thirteenth of the KL's.
 """
 
@@ -18,11 +23,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from hf_compress.divergences import check_temperature, jsd, log_probabilities, skew_kl, tvd
 from hf_compress.errors import ConfigurationError
-from hf_compress.objective import Objective, Rows, Step
+from hf_compress.objective import Inputs, Needs, Objective, Rows, Sizes, Step
+from hf_compress.on_policy import on_policy
 from hf_compress.registry import Method
 
 Divergence = Literal["jsd", "tvd", "skew_kl", "skew_rkl"]
@@ -39,8 +46,22 @@ class GKDConfig:
     temperature: float = 1.0
     """T > 0 in the loss. TRL's trainer uses 1 here; its `temperature` of 0.9 affects sampling only."""
 
+    lmbda: float = 0.0
+    """λ, 0 … 1: part of batches that the student answers. TRL's default is 0.5; 0 asks neither for prompts in the data
+    nor for the time of sampling."""
+    max_new_tokens: int = 128
+    """Of a sampled answer. TRL's default."""
+    sampling_temperature: float = 0.9
+    """Of the samples. TRL's default."""
+
     def __post_init__(self) -> None:
         check_temperature("gkd", self.temperature)
+        check_temperature("gkd", self.sampling_temperature)
+        if not 0 <= self.lmbda <= 1 or self.max_new_tokens < 1:
+            raise ConfigurationError(
+                f"gkd: lmbda must lie in 0 … 1 and max_new_tokens be at least 1, got {self.lmbda} and "
+                f"{self.max_new_tokens}."
+            )
         if self.divergence not in ("jsd", "tvd", "skew_kl", "skew_rkl"):
             raise ConfigurationError(f"gkd: divergence must be jsd, tvd, skew_kl or skew_rkl, got {self.divergence!r}.")
         ends = self.divergence.startswith("skew")
@@ -87,6 +108,18 @@ class GKD(Objective):
     Config = GKDConfig
     config: GKDConfig
     task_weight: ClassVar[float | None] = 0.0
+
+    def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
+        if self.config.lmbda == 0:
+            return Needs()
+        return Needs(mean_over="examples", rescored=True)
+
+    def batch(self, inputs: Inputs, step: Step) -> Inputs:
+        settings = self.config
+        if float(torch.rand((), generator=step.shared, device=step.shared.device)) >= settings.lmbda:
+            return inputs
+        sampling = {"do_sample": True, "temperature": settings.sampling_temperature, "top_k": 0, "top_p": 1.0}
+        return on_policy(inputs, step, max_new_tokens=settings.max_new_tokens, **sampling)
 
     def per_position(self, rows: Rows, step: Step) -> Tensor:
         assert rows.teacher_logits is not None  # tapped by default
