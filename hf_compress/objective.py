@@ -72,6 +72,8 @@ class Needs:
     rescored: bool = False
     """`batch` may change which positions are scored: all objectives of the run are then averaged over examples, as the
     positions of later micro-batches are not known when a window is counted."""
+    relates_positions: bool = False
+    """A value depends on the other positions of its micro-batch: accumulation changes its meaning."""
     same_tokens: bool = True
     """False: the teacher reads other ids of one example; vocabulary and tokenizer checks are off."""
     mean_over: MeanOver = "positions"

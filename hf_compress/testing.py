@@ -202,7 +202,8 @@ def trainer(
         "use_cpu": True,
         "train_sampling_strategy": "sequential",
     }
-    callback = DistillCallback(teacher, case.objective() if objective is None else objective, config=config)
+    method = case.objective() if objective is None else objective
+    callback = DistillCallback(teacher, method, config=config or DistillConfig(frozen=frozen(case, method, dtype)))
     made = Trainer(
         model=student,
         args=TrainingArguments(str(folder), **(defaults | settings)),
@@ -211,6 +212,14 @@ def trainer(
         callbacks=[callback, *callbacks],
     )
     return made, teacher
+
+
+def frozen(case: Case, method: Any, dtype: torch.dtype = torch.float32) -> dict[str, PreTrainedModel]:
+    """A model of the student's size for each role that the method asks for."""
+    if not isinstance(method, Objective):
+        return {}
+    roles = method.needs(*(o.sizes(model) for model in models(case.task))).frozen
+    return {role: _model(case.task, width=48, layers=2, seed=2 + place).to(dtype) for place, role in enumerate(roles)}
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -228,7 +237,9 @@ def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None =
     needs = case.objective().needs(o.sizes(student), o.sizes(teacher))
     inputs = collate(rows(case.task), length)
     seen: list[dict[str, Tensor]] = []
-    for model, names in ((student, needs.student), (teacher, needs.teacher or frozenset())):
+    theirs = needs.teacher or frozenset()
+    further = frozen(case, case.objective(), dtype)
+    for model, names in ((student, needs.student), (teacher, theirs), *((m, theirs) for m in further.values())):
         taps = Taps(model, names, o.sizes(model).layers)
         with torch.no_grad(), watching(taps):
             output = model.eval()(**inputs, output_hidden_states=True)
@@ -237,6 +248,7 @@ def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None =
     return Signals(
         student={name: tensor.clone().requires_grad_() for name, tensor in seen[0].items()},
         teacher=seen[1],
+        frozen=dict(zip(further, seen[2:], strict=True)),
         inputs=inputs,
         positions=o.positions(kind, inputs),
         tokens=o.tokens(inputs),
@@ -282,7 +294,7 @@ def _step(student: nn.Module, teacher: nn.Module) -> o.Step:
         student=student,
         run_student=run(student),
         run_teacher=run(teacher),
-        generate=student.generate,  # type: ignore[arg-type]  # of a PreTrainedModel
+        generate=getattr(student, "generate", run(student)),
         evaluate=lambda dataset, _: torch.ones(len(dataset)),
         dataset=None,
         networks={},
@@ -316,8 +328,9 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
         keeper = _Keeper()
         settings: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         made, _ = trainer(case, folder, dtype=torch.float64, callbacks=(keeper,), **settings)
-        if case.objective().needs(*(o.sizes(model) for model in models(case.task))).mean_over == "batch":
-            return  # relates the examples of a batch: accumulation changes its meaning, as its page says
+        needs = case.objective().needs(*(o.sizes(model) for model in models(case.task)))
+        if needs.mean_over == "batch" or needs.relates_positions:
+            return  # relates what is in a batch: accumulation changes its meaning, as its page says
         made.train()
         found.append(keeper.gradients[0])
     for other in found[1:]:
@@ -336,6 +349,10 @@ def check_nan_outside_what_is_scored_changes_nothing(case: Case, folder: Path) -
         clean,
         student={name: _spoil(clean, name, tensor).requires_grad_() for name, tensor in clean.student.items()},
         teacher={name: _spoil(clean, name, tensor) for name, tensor in clean.teacher.items()},
+        frozen={
+            role: {name: _spoil(clean, name, tensor) for name, tensor in taps.items()}
+            for role, taps in clean.frozen.items()
+        },
     )
     again, after = value(case, spoilt)
     torch.testing.assert_close(again, total)
@@ -375,6 +392,10 @@ def check_extreme_half_precision_stays_finite(case: Case, folder: Path) -> None:
                 for name, tensor in plain.student.items()
             },
             teacher={name: (-300 * tensor.sign()).to(dtype) for name, tensor in plain.teacher.items()},
+            frozen={
+                role: {name: (-300 * tensor.sign()).to(dtype) for name, tensor in taps.items()}
+                for role, taps in plain.frozen.items()
+            },
         )
         total, gradients = value(case, harsh)
         assert total.isfinite(), f"{dtype}: the value is {total}"
