@@ -22,6 +22,7 @@ INPUTS = {
     "taid_repo_divergences": ("student_logits", "teacher_logits", "mask", "inf/*_logits"),
     "gkd_jsd": ("*_logits", "labels", "onpolicy/prompts", "onpolicy/prompt_attention_mask", "onpolicy/generated"),
     "minilm": ("attention_mask", "student_?", "teacher_?", "bert.input_ids", "bert.student.*", "bert.teacher.*"),
+    "adaspec": ("*_logits", "labels"),
     "loyalty": ("student_probs", "teacher_probs"),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""
