@@ -18,6 +18,7 @@ each micro-batch: accumulation is not the same as a larger batch, as with the au
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,12 +55,12 @@ def learnable(draft: Tensor, reference: Tensor, *, k: float) -> Tensor:
         k: part that is kept.
 
     Returns:
-        (position,) bool; a difference that is not finite is kept, so that it is noticed.
+        (position,) bool.
     """
     difference = (draft - reference).detach()
     if not len(difference):
         return torch.zeros_like(difference, dtype=torch.bool)
-    return (difference >= torch.quantile(difference, 1 - k)) | ~difference.isfinite().all()
+    return difference >= torch.quantile(difference, 1 - k)
 
 
 def adaspec(draft_logits: Tensor, target_logits: Tensor, reference_logits: Tensor, *, k: float) -> Tensor:
@@ -72,15 +73,16 @@ def adaspec(draft_logits: Tensor, target_logits: Tensor, reference_logits: Tenso
         k: part of the positions that is kept.
 
     Returns:
-        (position,) nats, at least 0.
+        (position,) nats, at least 0; NaN where a divergence is not finite, which would spoil the choice unseen.
 
     Raises:
         MismatchError: if the logits differ in shape.
     """
     log_p, log_q = log_probabilities("adaspec", draft_logits, target_logits, 1.0)
     _, log_r = log_probabilities("adaspec", reference_logits, target_logits, 1.0)
-    draft = kl(log_p, log_q)
-    return torch.where(learnable(draft, kl(log_p, log_r.detach()), k=k), draft, 0.0)
+    draft, reference = kl(log_p, log_q), kl(log_p, log_r.detach())
+    values = torch.where(learnable(draft, reference, k=k), draft, 0.0)
+    return torch.where((draft.detach() - reference).isfinite(), values, math.nan)
 
 
 class AdaSPEC(Objective):
