@@ -110,6 +110,7 @@ class Training(_Part):
     settings: dict[Text, Setting] = Field(default={}, description="learning rate, batch size and the like")
     hardware: Text
     versions: dict[Text, Text]
+    before: tuple[Training, ...] = Field(default=(), description="earlier stages of the same student, oldest first")
 
 
 class Measurement(_Part):

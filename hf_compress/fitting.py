@@ -58,7 +58,6 @@ def fit(
     """Trains a model and writes it with its tokenizer to `target`, whole or not at all.
 
     Checkpoints lie beside it in `.<name>.training` until it is done; one that is left by a killed run is continued.
-    The files get the mode that the umask says; safetensors would leave the weights to their owner alone.
     """
     work = unfinished(target)
     arguments = TrainingArguments(
@@ -86,6 +85,17 @@ def fit(
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=list(callbacks),
     )
+    train_into(trainer, target, progress=progress)
+    return model
+
+
+def train_into(trainer: Trainer, target: Path, *, progress: bool = True) -> None:
+    """Trains, from the last checkpoint where one is left, and writes model and tokenizer to `target`.
+
+    The Trainer's output_dir is `unfinished(target)`; it is removed in the end. The files get the mode that the umask
+    says; safetensors would leave the weights to their owner alone.
+    """
+    work = Path(trainer.args.output_dir)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is the command's result
     left = _last_checkpoint(work)
     if left is not None:
@@ -94,13 +104,13 @@ def fit(
         trainer.add_callback(shown)
         trainer.train(resume_from_checkpoint=None if left is None else str(left))
     with files.atomic_folder(target) as part:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        trainer.model.save_pretrained(part)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(part)
         mode = (part / "config.json").stat().st_mode
         for path in part.glob("*.safetensors"):
             path.chmod(mode)
     shutil.rmtree(work, ignore_errors=True)
-    return model
 
 
 def unfinished(target: Path) -> Path:

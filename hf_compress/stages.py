@@ -1,0 +1,209 @@
+"""Trainings that follow each other: each stage with its own teacher, data, methods, trainable part and schedule.
+
+A method that is a sequence of trainings declares it as a mapping, its `recipe`:
+
+    RECIPE = {"stages": ({"name": "general", "teacher": "pretrained", "data": "text", "methods": ("features",)}, ...)}
+
+`run_stages` carries a student through it. A finished stage is a model folder and is never repeated; a killed one goes
+on from its last checkpoint. Optimizer and schedule start anew with each stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from . import facts, registry
+from .callback import DistillCallback
+from .errors import ConfigurationError, UnknownNameError
+from .fitting import train_into, unfinished
+from .objective import Objective
+from .recipe import validated
+from .taps import body, unwrap
+
+logger = logging.getLogger(__name__)
+
+ORDER = "stages"
+"""The key of a recipe that holds its stages."""
+
+
+class Stage(BaseModel):
+    """One training of the student."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: str = Field(min_length=1, pattern=r"^[\w-]+$")
+    teacher: str | None = Field(description="key of the models; None: no teacher")
+    data: str = Field(description="key of the data sets")
+    methods: tuple[str | Mapping[str, Any] | Objective, ...] = Field(
+        description="names, or {name: …, weight: …} with settings; empty: the task's own loss alone"
+    )
+    frozen: Mapping[str, str] = Field(default={}, description="role of a further frozen model to key of the models")
+    labels: bool = Field(default=True, description="False: the stage does not see the labels")
+    task_weight: float | None = Field(default=None, ge=0)
+    trainable: str = Field(default="all", description='"all", "body", or a regular expression of parameter names')
+    start: Literal["previous", "first"] = Field(default="previous", description="weights that the stage starts from")
+    keep_as: str | None = Field(default=None, description="key under which later stages find the model that came out")
+    arguments: Mapping[str, Any] = Field(default={}, description="of TrainingArguments, e.g. learning_rate, optim")
+
+
+def stages_of(recipe: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages of a recipe, validated.
+
+    Raises:
+        UnknownNameError: for an unknown key, with the nearest.
+        ForeignFileError: for a malformed value.
+        ConfigurationError: if there are none, or two of one name.
+    """
+    found = tuple(validated(Stage, stage, f"stage {place}") for place, stage in enumerate(recipe.get(ORDER, ())))
+    names = [stage.name for stage in found]
+    if not found or len(set(names)) < len(names):
+        raise ConfigurationError(f"a recipe needs stages of different names under {ORDER!r}, got {names}.")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What every stage is run with."""
+
+    models: Mapping[str, PreTrainedModel | str]
+    """Teachers and further frozen models, by the keys that the stages name."""
+    data: Mapping[str, Any]
+    """Training sets, by the keys that the stages name."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of TrainingArguments; a stage's own come on top."""
+    data_collator: Callable[..., Any] | None = None
+    processing_class: Any = None
+    callbacks: Sequence[TrainerCallback] = ()
+    progress: bool = True
+    seed: int = 0
+
+
+def run_stages(
+    recipe: Mapping[str, Any], student: PreTrainedModel, folder: Path, surroundings: Surroundings
+) -> PreTrainedModel:
+    """Carries a student through all stages.
+
+    Args:
+        recipe: a method's `recipe`.
+        student: its start; left as it is.
+        folder: each stage leaves its model in `<place>-<name>/` there.
+        surroundings: models, data and settings.
+
+    Returns:
+        the student after the last stage, its record with the earlier stages under `before`.
+
+    Raises:
+        UnknownNameError: before anything is trained, if a stage names a model or a data set that is not given.
+    """
+    stages = stages_of(recipe)
+    _check_keys(stages, surroundings)
+    models, records, current = dict(surroundings.models), list[Any](), student
+    for place, stage in enumerate(stages):
+        target = folder / f"{place}-{stage.name}"
+        start = copy.deepcopy(student if stage.start == "first" else current)
+        current = _run(stage, start, target, replace(surroundings, models=models))
+        records.append(getattr(current.config, "compression", None))
+        if stage.keep_as is not None:
+            models[stage.keep_as] = copy.deepcopy(current)
+    if isinstance(records[-1], dict):
+        before = [record for record in records[:-1] if isinstance(record, dict)]
+        record = facts.Training.model_validate(records[-1] | {"before": before})
+        current.config.compression = record.model_dump(mode="json", exclude_none=True)
+    return current
+
+
+def _check_keys(stages: Sequence[Stage], surroundings: Surroundings) -> None:
+    known = set(surroundings.models)
+    for stage in stages:
+        for key in (stage.teacher, *stage.frozen.values()):
+            if key is not None and key not in known:
+                raise UnknownNameError(f"model of stage {stage.name}", key, sorted(known))
+        if stage.data not in surroundings.data:
+            raise UnknownNameError(f"data of stage {stage.name}", stage.data, sorted(surroundings.data))
+        known |= {stage.keep_as} if stage.keep_as else set()
+
+
+def _run(stage: Stage, student: PreTrainedModel, target: Path, around: Surroundings) -> PreTrainedModel:
+    """The student after one stage; a finished one is loaded."""
+    if target.is_dir():
+        logger.info("  %s: is there", target.name)
+        found: PreTrainedModel = type(student).from_pretrained(target)
+        return found
+    freeze(student, stage.trainable)
+    set_seed(around.seed)
+    settings: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1, "report_to": [], "disable_tqdm": True}
+    settings |= {"seed": around.seed} | dict(around.arguments) | dict(stage.arguments)
+    trainer = Trainer(
+        model=student,
+        args=TrainingArguments(str(unfinished(target)), **settings),
+        train_dataset=around.data[stage.data],
+        data_collator=around.data_collator,
+        processing_class=around.processing_class,
+        callbacks=[*_distilling(stage, around), *around.callbacks],
+    )
+    if not stage.labels:
+        trainer.data_collator = _without_labels(trainer.data_collator)
+    train_into(trainer, target, progress=around.progress)
+    student.requires_grad_(True)
+    return student
+
+
+def _distilling(stage: Stage, around: Surroundings) -> list[TrainerCallback]:
+    if not stage.methods:
+        return []
+    callback = DistillCallback(
+        None if stage.teacher is None else around.models[stage.teacher],
+        [_objective(method) for method in stage.methods],
+        task_weight=stage.task_weight,
+        frozen={role: around.models[key] for role, key in stage.frozen.items()},
+        data=stage.data,
+    )
+    return [callback]
+
+
+def _without_labels(collate: Callable[..., Any]) -> Callable[..., Any]:
+    def unlabelled(rows: Any) -> dict[str, Any]:
+        return {name: value for name, value in collate(rows).items() if name not in ("labels", "label")}
+
+    return unlabelled
+
+
+def _objective(method: str | Mapping[str, Any] | Objective) -> Objective:
+    if isinstance(method, Objective):
+        return method
+    given = {"name": method} if isinstance(method, str) else dict(method)
+    name = given.pop("name")
+    objective = registry.get(name).load().objective
+    if objective is None:
+        raise ConfigurationError(f"method {name!r} has no objective to train with.")
+    return objective(**given)
+
+
+def freeze(model: nn.Module, trainable: str) -> None:
+    """Leaves gradients to a part of the model's parameters.
+
+    Args:
+        model: whose.
+        trainable: "all"; "body", what the head receives its input from; or a regular expression that is searched in the
+            parameters' names.
+
+    Raises:
+        ConfigurationError: if nothing is left to train.
+    """
+    inner = body(model) if trainable == "body" else None
+    inside = {id(parameter) for parameter in (inner or unwrap(model)).parameters()}
+    for name, parameter in model.named_parameters():
+        chosen = id(parameter) in inside if trainable in ("all", "body") else re.search(trainable, name) is not None
+        parameter.requires_grad_(chosen)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError(f"trainable={trainable!r} leaves no parameter of {type(model).__name__} to train.")
