@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import facts, registry
+from .data import Mixture
 from .objective import IGNORED, Kind, Objective
 from .taps import unwrap
 
@@ -71,7 +72,7 @@ def describe_model(model: nn.Module, layers: int) -> facts.Model:
 
 def describe_data(data: Any, name: str | None) -> facts.Data:
     """A training set by content; the count of labelled rows where the rows have a label column."""
-    rows = len(data) if hasattr(data, "__len__") else 0
+    rows = _known(data)
     step = max(rows // SAMPLE, 1)
     sample = [data[index] for index in range(0, rows, step)] if hasattr(data, "__getitem__") else []
     return facts.Data(
@@ -80,6 +81,14 @@ def describe_data(data: Any, name: str | None) -> facts.Data:
         labelled=_labelled(data),
         fingerprint=facts.fingerprint([rows, *sample]),
     )
+
+
+def _known(data: Any) -> int:
+    """How many rows can be read; of a mixture those whose weights have been decided."""
+    if isinstance(data, Mixture):
+        decided = int((~data.history.isnan().any(1)).sum())
+        return min(len(data), data.lag + decided * data.interval)
+    return len(data) if hasattr(data, "__len__") else 0
 
 
 def _labelled(data: Any) -> int | None:
