@@ -25,11 +25,27 @@ preparation: (dataset, …) -> a data set, a collator or a Mixture, called by th
 generation: what `generate(custom_generate=…)` calls: (model, input_ids, logits_processor, stopping_criteria,
 generation_config, …) -> ids; the class of such an object where it keeps state.
 synthesis: (dataset, *, teacher, progress, resume_from) -> datasets.Dataset.
-search: (teacher, *, data, budget) -> Ranking.
+search: (teacher, *, data, budget: Budget) -> Ranking; data: batches.
 student: (teacher, *, config) -> PreTrainedModel.
 tokenizer: (model, tokenizer, new_tokenizer, *, texts) -> PreTrainedModel.
 """
 PARTS = ("objective", "selector", *SIGNATURES, "metric", "recipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a search may cost, and how large what it finds may be."""
+
+    parameters: int
+    """Most parameters of a student."""
+    evaluations: int = 512
+    """Most candidates that are looked at."""
+
+    def __post_init__(self) -> None:
+        if self.parameters < 1 or self.evaluations < 1:
+            raise ConfigurationError(
+                f"a Budget needs parameters and evaluations of at least 1, got {self.parameters} and {self.evaluations}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

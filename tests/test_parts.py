@@ -18,3 +18,9 @@ def test_every_part_is_a_keyword_of_a_method() -> None:
 def test_a_ranking_that_is_none_is_refused(configs: tuple[dict[str, int], ...], scores: tuple[float, ...]) -> None:
     with pytest.raises(ConfigurationError, match="Ranking"):
         parts.Ranking(configs=configs, scores=scores, build=lambda place: None)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("budget", [{"parameters": 0}, {"parameters": 1, "evaluations": 0}])
+def test_a_budget_of_nothing_is_refused(budget: dict[str, int]) -> None:
+    with pytest.raises(ConfigurationError, match="Budget"):
+        parts.Budget(**budget)
