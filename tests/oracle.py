@@ -23,6 +23,8 @@ INPUTS = {
     "gkd_jsd": ("*_logits", "labels", "onpolicy/prompts", "onpolicy/prompt_attention_mask", "onpolicy/generated"),
     "minilm": ("attention_mask", "student_?", "teacher_?", "bert.input_ids", "bert.student.*", "bert.teacher.*"),
     "adaspec": ("*_logits", "labels"),
+    "diswot": ("*_feat", "semantic.labels", "semantic.*_pooled", "semantic.*_fc", "semantic_eq.teacher_fc_grad"),
+    "krr_st": ("net.*", "x_*", "y_*"),
     "loyalty": ("student_probs", "teacher_probs"),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""
