@@ -26,6 +26,7 @@ INPUTS = {
     "diswot": ("*_feat", "semantic.labels", "semantic.*_pooled", "semantic.*_fc", "semantic_eq.teacher_fc_grad"),
     "krr_st": ("net.*", "x_*", "y_*"),
     "loyalty": ("student_probs", "teacher_probs"),
+    "stochastok": ("ids",),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""
 
