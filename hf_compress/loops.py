@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from .errors import ResumeError
 
 STATE, ABOUT = "state.pt", "loop.json"
 
-State = MutableMapping[str, Any]
+State = dict[str, Any]
 """Tensors, numbers, texts, and lists and dictionaries of them: what `torch.load(weights_only=True)` reads back."""
 
 
@@ -74,7 +74,7 @@ def run(
 
 def _save(folder: Path, key: str, done: int, state: State) -> None:
     with files.atomic_folder(folder) as part:
-        torch.save(dict(state), part / STATE)
+        torch.save(state, part / STATE)
         about = {"done": done, "settings": key, "state": files.sha256(part / STATE)}
         files.write_text(part / ABOUT, json.dumps(about))
 
