@@ -74,6 +74,7 @@ def train(
     learning_rate: float = 3e-3,
     batch: int = 24,
     data: Any = None,
+    sampling: str = "random",
 ) -> LlamaForCausalLM:
     """A plain Trainer on the text, with linear decay."""
     with tempfile.TemporaryDirectory() as folder:
@@ -89,6 +90,7 @@ def train(
             logging_steps=steps,
             use_cpu=True,
             seed=seed,
+            train_sampling_strategy=sampling,
         )
         trainer = Trainer(
             model=student,
