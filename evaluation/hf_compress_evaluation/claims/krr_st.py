@@ -93,7 +93,7 @@ def run(variant: str, seed: int) -> Mapping[str, float]:
 CLAIM = Claim(
     published="Pre-training on the distilled images transfers better than on random or k-means ones, from CIFAR-100, "
     "Tiny-ImageNet and ImageNet to six data sets.",
-    check=f"Digits of 8 x 8 pixels: {IMAGES} images, targets the first {DIM} principal components, {STEPS} outer steps. "
+    check=f"Digits of 8 x 8 pixels: {IMAGES} images, targets the first {DIM} principal components, {STEPS} steps. "
     "A new ResNet learns them in 300 steps; its error to the targets on 597 test images, and a linear probe.",
     expected="The smallest error to the targets. The probe need not show it: these targets hold little beyond pixels.",
     variants=("untrained", "random, real", "k-means, real", "KRR-ST"),
