@@ -50,7 +50,7 @@ class Counts:
     tokens: float
     examples: float
     labels: float
-    """Label elements that the task's own loss averages over."""
+    """Label elements that the task's own loss averages over; examples where it needs no labels, as in autoencoders."""
     own: tuple[float, ...]
     """The objectives' own denominators, 0 where they have none."""
 
@@ -80,7 +80,7 @@ def count(kind: Kind, batches: Iterable[Inputs], objectives: Sequence[Objective]
                 len(o.positions(kind, inputs).index),
                 int(o.tokens(inputs).sum()),
                 o.batch_size(inputs),
-                label_elements(o.task_labels(kind, inputs)),
+                _task_elements(kind, inputs),
                 *(value or 0 for value in own),
             ],
             dtype=torch.float64,
@@ -92,6 +92,12 @@ def count(kind: Kind, batches: Iterable[Inputs], objectives: Sequence[Objective]
                 "values have no common denominator. Return a number, 0 included, for every batch."
             )
     return Counts.from_tensor(total)
+
+
+def _task_elements(kind: Kind, inputs: Inputs) -> int:
+    """What the task's own loss averages over: label elements; examples for a loss that needs no labels."""
+    labels = o.task_labels(kind, inputs)
+    return o.batch_size(inputs) if labels is None and kind == "none" else label_elements(labels)
 
 
 def label_elements(labels: Tensor | None) -> int:

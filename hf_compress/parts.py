@@ -44,7 +44,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.parameters < 1 or self.evaluations < 1:
             raise ConfigurationError(
-                f"a Budget needs parameters and evaluations of at least 1, got {self.parameters} and {self.evaluations}."
+                f"a Budget needs parameters and evaluations above 0, got {self.parameters} and {self.evaluations}."
             )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .distiller import PREFIX
+from .errors import ResumeError
+from .taps import unwrap
 
 SIDE_FILE = "distiller.safetensors"
 """Distiller state beside a checkpoint whose model file does not hold it (adapters)."""
@@ -37,3 +40,38 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     for file in (folder / SIDE_FILE, *sorted(folder.glob("model*.safetensors"))):
         found |= read_state(file) if file.exists() else {}
     return found
+
+
+def reload_renamed(student: nn.Module, folder: Path) -> bool:
+    """Loads a checkpoint's weights by the model's own loader where its files name them otherwise than the model does.
+
+    transformers writes some architectures (ViT among them) under their older names and renames when it loads a folder;
+    a Trainer that resumes looks for the newer names, finds none, and goes on with the weights that it began with.
+
+    Returns:
+        whether that was so, and has been put right.
+
+    Raises:
+        ResumeError: if the checkpoint has no weights for a part of the model.
+    """
+    model: Any = unwrap(student)
+    files = sorted(folder.glob("model*.safetensors"))
+    if model is not student or not files or not hasattr(model, "from_pretrained"):
+        return False
+    written: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            written |= set(tensors.keys())
+    own = {key for key in model.state_dict() if not key.startswith(PREFIX)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if own - written <= tied:
+        return False
+    made: Any = type(model)
+    loaded, report = made.from_pretrained(folder, output_loading_info=True)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ResumeError(
+            f"checkpoint {folder.name} has no weights for {missing[:3]} ({len(missing)} in all). Resume from another."
+        )
+    model.load_state_dict(loaded.state_dict(), strict=False)
+    return True

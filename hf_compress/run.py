@@ -35,7 +35,7 @@ from .networks import Networks
 from .objective import Inputs, Kind, Needs, Objective, Signals, Step
 from .outputs import loss_of, with_loss, without_states
 from .provenance import describe_training, task_of
-from .resume import SIDE_FILE, read_checkpoint, resumed_folder
+from .resume import SIDE_FILE, read_checkpoint, reload_renamed, resumed_folder
 from .stepping import make_step
 from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
 from .teachers import Teacher, teacher_for
@@ -351,6 +351,8 @@ class Run:
     def _check_resumed(self, step: int) -> None:
         """A resumed run has every entry of the distiller from the checkpoint, or from the side file, or stops."""
         folder = resumed_folder()
+        if folder is not None and reload_renamed(self.student, folder):
+            logger.info("hf_compress: %s names weights as older releases did; they were loaded anew", folder.name)
         if self.networks:
             if folder is None:
                 raise ResumeError(f"step {step}: no checkpoint folder is known to load the networks from.")
@@ -734,7 +736,8 @@ def dry_inputs(student: nn.Module, trainer: Trainer, device: torch.device) -> In
     config = getattr(model, "config", None)
     if main == "pixel_values" and config is not None:
         side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), side, side, device=device)}
+        shape = (2, getattr(config, "num_channels", 3), side, side)
+        return {"pixel_values": torch.zeros(shape, device=device, dtype=model.dtype)}
     data = trainer.train_dataset
     batch = trainer.data_collator([data[0], data[min(1, len(data) - 1)]])
     known = inspect.signature(model.forward).parameters

@@ -239,12 +239,13 @@ def blocks(model: nn.Module, depth: int) -> nn.ModuleList:
     Raises:
         MismatchError: if there is no list of modules that is as long as the model is deep, or more than one.
     """
-    names = stacks(model, depth)
+    inner = body(model) or unwrap(model)  # a decoder beside it may be as deep
+    names = stacks(inner, depth)
     if len(names) != 1:
         raise MismatchError(
             f"{type(model).__name__}: one stack of {depth} blocks was expected, found {names or 'none'}."
         )
-    stack = model.get_submodule(names[0])
+    stack = inner.get_submodule(names[0])
     assert isinstance(stack, nn.ModuleList)  # as `stacks` chose it
     return stack
 

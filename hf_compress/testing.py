@@ -44,6 +44,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
 )
 
 from . import distiller as d
@@ -54,13 +58,22 @@ from .data import Mixture
 from .errors import NumericalError
 from .objective import Inputs, Objective, Signals
 from .parts import SIGNATURES
-from .run import DistillConfig
+from .run import DistillConfig, Run
+from .stepping import make_step
 from .taps import Taps, watching
 
-VOCAB, CLASSES, PAD = 60, 5, 0
+VOCAB, CLASSES, PAD, IMAGE = 60, 5, 0, 8
 LENGTHS = (3, 12, 5, 9)
 """Real tokens of the four rows of a batch: unequal, so that a mean of means shows."""
-TASKS = ("text-classification", "token-classification", "fill-mask", "text-generation", "feature-extraction")
+TASKS = (
+    "text-classification",
+    "token-classification",
+    "fill-mask",
+    "text-generation",
+    "feature-extraction",
+    "image-classification",
+    "image-feature-extraction",
+)
 """Tasks that the suite has models for."""
 
 
@@ -87,7 +100,12 @@ class Case:
     @property
     def labelled(self) -> bool:
         """Whether the rows of this task carry labels."""
-        return self.task != "feature-extraction"
+        return self.task not in ("feature-extraction", "image-feature-extraction")
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the rows are images, which have no padding."""
+        return self.task.startswith("image")
 
 
 def cases(*methods: str) -> list[Case]:
@@ -123,6 +141,20 @@ def _model(task: str, *, width: int, layers: int, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         if task == "text-generation":
             return LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=0.0))
+        if task.startswith("image"):
+            image: dict[str, Any] = {
+                "image_size": IMAGE,
+                "patch_size": 2,
+                "num_labels": CLASSES,
+                "decoder_hidden_size": 16,
+            }
+            image |= {"decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 16}
+            image |= {
+                k: v for k, v in sizes.items() if k not in ("vocab_size", "max_position_embeddings", "pad_token_id")
+            }
+            if task == "image-classification":
+                return ViTForImageClassification(ViTConfig(**image))
+            return ViTMAEForPreTraining(ViTMAEConfig(**image))
         quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         made: type[PreTrainedModel] = {
             "text-classification": BertForSequenceClassification,
@@ -135,10 +167,13 @@ def _model(task: str, *, width: int, layers: int, seed: int) -> PreTrainedModel:
 
 
 def rows(task: str, count: int = 4, seed: int = 0) -> list[dict[str, Any]]:
-    """Invented rows of `LENGTHS` tokens, with labels where the task has some."""
+    """Invented rows of `LENGTHS` tokens, or images, with labels where the task has some."""
     draw = torch.Generator().manual_seed(seed)
     found = []
-    for place in range(count):
+    for place in range(count if task.startswith("image") else 0):
+        pixels = torch.randn(3, IMAGE, IMAGE, generator=draw).tolist()
+        found.append({"pixel_values": pixels} | ({"labels": place % CLASSES} if task == "image-classification" else {}))
+    for place in range(0 if task.startswith("image") else count):
         length = LENGTHS[place % len(LENGTHS)]
         ids = torch.randint(1, VOCAB, (length,), generator=draw).tolist()
         row: dict[str, Any] = {"input_ids": ids}
@@ -153,7 +188,9 @@ def rows(task: str, count: int = 4, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def collate(batch: list[dict[str, Any]], length: int | None = None) -> Inputs:
-    """Pads on the right to the longest row, or to `length`; labels with -100."""
+    """Pads on the right to the longest row, or to `length`; labels with -100. Images are stacked."""
+    if "pixel_values" in batch[0]:
+        return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
     length = length or max(len(row["input_ids"]) for row in batch)
 
     def padded(name: str, fill: int) -> Tensor:
@@ -165,6 +202,16 @@ def collate(batch: list[dict[str, Any]], length: int | None = None) -> Inputs:
         listed = isinstance(batch[0]["labels"], list)
         inputs["labels"] = padded("labels", o.IGNORED) if listed else torch.tensor([row["labels"] for row in batch])
     return inputs
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """`collate` with images in the models' type."""
+
+    dtype: torch.dtype
+
+    def __call__(self, batch: list[dict[str, Any]]) -> Inputs:
+        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in collate(batch).items()}
 
 
 class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for mypy
@@ -211,7 +258,7 @@ def trainer(
     method = case.objective() if objective is None else objective
     callback = DistillCallback(teacher, method, config=config or DistillConfig(frozen=frozen(case, method, dtype)))
     args = TrainingArguments(str(folder), **(defaults | settings))
-    given: dict[str, Any] = {"train_dataset": dataset, "data_collator": collate}
+    given: dict[str, Any] = {"train_dataset": dataset, "data_collator": _Collator(dtype)}
     if case.prepare is not None:
         given |= case.prepare(dataset, args)
     if isinstance(given["train_dataset"], Mixture):
@@ -258,7 +305,7 @@ def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None =
         inputs=inputs,
         positions=o.positions(kind, inputs),
         tokens=o.tokens(inputs),
-        examples=len(inputs["input_ids"]),
+        examples=o.batch_size(inputs),
     )
 
 
@@ -313,11 +360,12 @@ def check_a_step_changes_the_student_alone(case: Case, folder: Path) -> None:
     keeper = _Keeper()
     made, teacher = trainer(case, folder, callbacks=(keeper,), max_steps=3)
     student, before = made.model, weights_hash(teacher)
+    trained = [parameter.requires_grad for parameter in models(case.task)[1].parameters()]
     keys, start = set(models(case.task)[0].state_dict()), weights_hash(models(case.task)[0])
     made.train()
     assert weights_hash(teacher) == before, "the teacher's weights changed"
     assert all(module.training for module in teacher.modules()), "the teacher's mode was not restored"
-    assert all(parameter.requires_grad for parameter in teacher.parameters()), "the teacher stays frozen"
+    assert [p.requires_grad for p in teacher.parameters()] == trained, "the teacher stays frozen"
     assert all(parameter.grad is None for parameter in teacher.parameters()), "the teacher got gradients"
     assert weights_hash(student) != start, "the student did not change"
     assert set(student.state_dict()) == keys, f"left on the student: {set(student.state_dict()) - keys}"
@@ -328,9 +376,23 @@ def check_a_step_changes_the_student_alone(case: Case, folder: Path) -> None:
         assert not name.startswith(d.PREFIX) or gradient.abs().max() > 0, f"{name}: a learned part gets no gradient"
 
 
+class _OneGenerator:
+    """Steps whose generator goes on through the window: uniform draws are then the same by whichever micro-batches."""
+
+    def __init__(self) -> None:
+        self.original = make_step
+
+    def __call__(self, run: Run) -> o.Step:
+        step = self.original(run)
+        if step.micro == 0:
+            self.generator = step.generator
+        return dataclasses.replace(step, generator=self.generator)
+
+
 def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None:
     """Rows of 3, 12, 5 and 9 tokens: one batch of four, four of one, and three and one give one gradient (float64)."""
     found = []
+    one_generator = mock.patch("hf_compress.run.make_step", _OneGenerator())
     for size, steps in ((4, 1), (1, 4), (3, 2)):
         keeper = _Keeper()
         settings: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
@@ -338,7 +400,8 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
         needs = case.objective().needs(*(o.sizes(model) for model in models(case.task)))
         if needs.mean_over == "batch" or needs.relates_positions:
             return  # relates what is in a batch: accumulation changes its meaning, as its page says
-        made.train()
+        with one_generator:
+            made.train()
         found.append(keeper.gradients[0])
     for other in found[1:]:
         assert other.keys() == found[0].keys()
@@ -383,6 +446,8 @@ def _spoil(given: Signals, name: str, tensor: Tensor) -> Tensor:
 
 def check_padding_changes_nothing(case: Case, folder: Path) -> None:
     """The same rows padded to 12 and to 32 have one value."""
+    if case.pictures:
+        return
     short, _ = value(case, signals(case, torch.float64))
     long, _ = value(case, signals(case, torch.float64, length=32))
     torch.testing.assert_close(long, short, rtol=1e-6, atol=1e-9)
@@ -411,7 +476,7 @@ def check_extreme_half_precision_stays_finite(case: Case, folder: Path) -> None:
 
 def check_a_batch_with_nothing_to_score(case: Case, folder: Path) -> None:
     """Every label -100 beside a batch that has some: the run goes on with finite weights."""
-    if not case.labelled or case.task == "text-classification":
+    if not case.labelled or case.task in ("text-classification", "image-classification"):
         return  # unlabelled rows of a classifier are scored: that is what they are for
     data = rows(case.task)
     for row in data[:2]:

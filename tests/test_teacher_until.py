@@ -81,3 +81,16 @@ def test_a_tap_that_cannot_be_the_last_is_refused() -> None:
     with pytest.raises(MismatchError, match="one stack of 9 blocks"):
         Taps(model, {"hidden:1"}, 9, until="hidden:1")
     assert not [module for module in model.modules() if module._forward_hooks]
+
+
+def test_a_decoder_that_is_as_deep_is_not_taken_for_the_encoder() -> None:
+    model = testing.models("image-feature-extraction")[1]
+    model.config.num_hidden_layers = len(model.decoder.decoder_layers)
+    model.vit.layers = model.vit.layers[: len(model.decoder.decoder_layers)]
+    taps = Taps(model, {"hidden:0"}, len(model.vit.layers), until="hidden:0")
+    seen = [0]
+    model.vit.layers[0].register_forward_pre_hook(lambda *_: seen.__setitem__(0, 1))
+    with watching(taps), pytest.raises(Reached):
+        model(**testing.collate(testing.rows("image-feature-extraction")))
+    assert seen == [0]
+    assert taps.read(None)["hidden:0"].shape[-1] == model.config.hidden_size
