@@ -24,6 +24,8 @@ INPUTS = {
     "minilm": ("attention_mask", "student_?", "teacher_?", "bert.input_ids", "bert.student.*", "bert.teacher.*"),
     "adaspec": ("*_logits", "labels"),
     "diswot": ("*_feat", "semantic.labels", "semantic.*_pooled", "semantic.*_fc", "semantic_eq.teacher_fc_grad"),
+    "dmae": ("imgs", "noise", "tokens", "pred", "feat_*", "proj_*"),
+    "ofa_kd": ("*_logits", "labels", "soft_targets", "soft_mask"),
     "krr_st": ("net.*", "x_*", "y_*"),
     "loyalty": ("student_probs", "teacher_probs"),
     "stochastok": ("ids",),
