@@ -78,7 +78,7 @@ def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
             f"the student's outputs are {student.kind!r}, the teacher's {teacher.kind!r}. Use a teacher with the same "
             "kind of head, or a method on hidden states: method='features'."
         )
-    if student.vocab != teacher.vocab:
+    if student.vocab != teacher.vocab and (teacher.vocab or teacher.config is not None):
         what = "labels" if student.kind == "rows" else "classes or vocabulary entries"
         raise MismatchError(
             f"the student has {student.vocab} {what}, the teacher {teacher.vocab}. Give both one label set or "

@@ -110,7 +110,7 @@ class Run:
             objective.weight *= factor
         if isinstance(source, nn.Module):
             check_apart(student, source)
-        self.teacher = None if source is None else teacher_for(source, student, config.kind)
+        self.teacher = None if source is None else self._source(source)
         theirs = None if self.teacher is None else self.teacher.sizes
         self.needs = _agreed([objective.needs(self.sizes, theirs) for objective in objectives])
         self._check_rescored(objectives)
@@ -158,7 +158,12 @@ class Run:
         for source in given.values():
             if isinstance(source, nn.Module):
                 check_apart(self.student, source)
-        return {role: teacher_for(source, self.student, self.config.kind) for role, source in given.items()}
+        return {role: self._source(source) for role, source in given.items()}
+
+    def _source(self, source: nn.Module | str | Path | Teacher) -> Teacher:
+        """A teacher; one that is no transformers model is taken to have the student's kind of output."""
+        unknown = isinstance(source, nn.Module) and getattr(unwrap(source), "config", None) is None
+        return teacher_for(source, self.student, self.config.kind or (self.kind if unknown else None))
 
     def _check_rescored(self, objectives: Sequence[Objective]) -> None:
         """Labels that a method writes itself are no targets for the task's own loss."""
@@ -215,6 +220,8 @@ class Run:
                 self._place_mixture()
                 self._initial = {name: buffer.clone() for name, buffer in self.distiller.named_buffers()}
             self.distiller.to(device)
+            if getattr(unwrap(self.student), "dtype", None) == torch.float64:
+                self.distiller.double()  # learned parts are float32, or as wide as the student
             self.student.distiller = self.distiller
             self._handles = [
                 self.student.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -734,8 +741,9 @@ def dry_inputs(student: nn.Module, trainer: Trainer, device: torch.device) -> In
             inputs["decoder_input_ids"] = ids
         return inputs
     config = getattr(model, "config", None)
-    if main == "pixel_values" and config is not None:
-        side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    size = getattr(config, "image_size", None)
+    if main == "pixel_values" and size is not None:
+        side = size if isinstance(size, int) else size[0]
         shape = (2, getattr(config, "num_channels", 3), side, side)
         return {"pixel_values": torch.zeros(shape, device=device, dtype=model.dtype)}
     data = trainer.train_dataset
