@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from hf_compress_plugins.dataset_distillation.krr_st import KRRSTConfig, krr_st
+from hf_compress_plugins.dataset_distillation.krr_st import ConvNet, KRRSTConfig, krr_st
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from . import Claim
 from . import _digits as digits
@@ -51,26 +49,24 @@ def chosen(variant: str, seed: int) -> tuple[Tensor, Tensor]:
     return found, target(found)
 
 
-def network(seed: int) -> Any:
-    """A new network of another architecture than the pool's."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return ResNetForImageClassification(
-            ResNetConfig(
-                num_channels=1,
-                embedding_size=16,
-                hidden_sizes=[16, 32],
-                depths=[1, 1],
-                layer_type="basic",
-                num_labels=DIM,
-                problem_type="regression",
-            )
-        )
+class Regressor(nn.Module):
+    """A new network that learns the vectors; twice as wide as the pool's."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = ConvNet(1, (8, 8), (32, 64), DIM)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Vectors, and their mean squared error."""
+        found = self.net(pixel_values)
+        return {"logits": found} if labels is None else {"loss": nn.functional.mse_loss(found, labels), "logits": found}
 
 
 def run(variant: str, seed: int) -> Mapping[str, float]:
     """Trains a new network on the few images and measures it on the test images."""
-    model, target = network(seed), Principal()
+    model, target = Regressor(1000 + seed), Principal()
     pixels, labels = digits.images()
     if variant != "untrained":
         images, vectors = chosen(variant, seed)
@@ -80,8 +76,8 @@ def run(variant: str, seed: int) -> Mapping[str, float]:
         digits.train(model, steps=300, seed=seed, data=rows, batch=IMAGES)
     model.eval()
     with torch.no_grad():
-        features = model.resnet(pixels).pooler_output.flatten(1).numpy()
-        error = (model(pixels[digits.TRAIN :]).logits - target(pixels[digits.TRAIN :])).square().mean()
+        features = model.net.features(pixels).numpy()
+        error = (model.net(pixels[digits.TRAIN :]) - target(pixels[digits.TRAIN :])).square().mean()
     few = torch.cat([(labels[: digits.TRAIN] == label).nonzero()[:10, 0] for label in range(10)]).numpy()
     probe = LogisticRegression(max_iter=2000).fit(features[few], labels.numpy()[few])
     return {
@@ -94,7 +90,8 @@ CLAIM = Claim(
     published="Pre-training on the distilled images transfers better than on random or k-means ones, from CIFAR-100, "
     "Tiny-ImageNet and ImageNet to six data sets.",
     check=f"Digits of 8 x 8 pixels: {IMAGES} images, targets the first {DIM} principal components, {STEPS} steps. "
-    "A new ResNet learns them in 300 steps; its error to the targets on 597 test images, and a linear probe.",
+    "A new network, twice as wide as the pool's, learns them in 300 steps; its error to the targets on 597 test "
+    "images, and a linear probe.",
     expected="The smallest error to the targets. The probe need not show it: these targets hold little beyond pixels.",
     variants=("untrained", "random, real", "k-means, real", "KRR-ST"),
     run=run,
