@@ -78,7 +78,8 @@ def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
             f"the student's outputs are {student.kind!r}, the teacher's {teacher.kind!r}. Use a teacher with the same "
             "kind of head, or a method on hidden states: method='features'."
         )
-    if student.vocab != teacher.vocab and (teacher.vocab or teacher.config is not None):
+    known = all(size.vocab or size.config is not None for size in (student, teacher))
+    if known and student.vocab != teacher.vocab:
         what = "labels" if student.kind == "rows" else "classes or vocabulary entries"
         raise MismatchError(
             f"the student has {student.vocab} {what}, the teacher {teacher.vocab}. Give both one label set or "
