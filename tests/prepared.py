@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
 from hf_compress_plugins.language.ddk import DDKConfig, domains
+from torch import Tensor
 from transformers import TrainingArguments
+
+from hf_compress import testing
 
 
 def in_domains(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
@@ -17,5 +21,28 @@ def in_domains(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
     return {"train_dataset": domains(named, held_out=named, batch=len(dataset), steps=steps, config=DDKConfig(K=1))}
 
 
-PREPARED: Mapping[str, Mapping[str, Any]] = {"ddk": {"prepare": in_domains, "settings": {"K": 1}}}
+def for_two_models(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
+    """The teacher reads the same ids, in chunks of one or two tokens."""
+
+    def both(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        found = testing.collate(batch)
+        ids, real = found["input_ids"], found["attention_mask"]
+        starts = torch.arange(0, ids.shape[1], 2).expand(len(ids), -1)
+        ends = torch.minimum(starts + 2, real.sum(1, keepdim=True))
+        chunks = torch.stack([starts, ends, starts, ends], -1).masked_fill((ends <= starts)[..., None], -1)
+        return found | {"teacher_input_ids": ids, "teacher_attention_mask": real, "chunks": chunks}
+
+    return {"data_collator": both}
+
+
+SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 == 0)
+
+PREPARED: Mapping[str, Mapping[str, Any]] = {
+    "ddk": {"prepare": in_domains, "settings": {"K": 1}},
+    "alm": {
+        "prepare": for_two_models,
+        "settings": {"spaces": SPACES},
+        "elsewhere": frozenset({"align", "space_mask", "latents", "gradient_weights"}),
+    },
+}
 """Fields of `testing.Case`, by method."""
