@@ -37,10 +37,6 @@ TEXTS = [
     "thé naïve café at the corner\nof the street",
     "a rat ate the mats",
 ]
-    "the cat sat on the mat, and the cat was thin",
-    "thé naïve café at the corner\nof the street",
-    "a rat ate the mats",
-]
 
 
 def tokenizer(merges: int) -> PreTrainedTokenizerFast:
@@ -63,8 +59,8 @@ def model(vocab: int, width: int, seed: int) -> LlamaForCausalLM:
         torch.manual_seed(seed)
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=vocab, hidden_size=width, intermediate_size=width, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=128, initializer_range=0.2,
+                vocab_size=vocab, hidden_size=width, intermediate_size=width, num_hidden_layers=2,
+                num_attention_heads=4, max_position_embeddings=128, initializer_range=0.2,
             )
         )  # fmt: skip
 
