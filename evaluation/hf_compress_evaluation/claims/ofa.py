@@ -18,7 +18,7 @@ from . import Claim
 from . import _digits as digits
 
 LABELLED, STEPS, SIDE = 100, 300, 32
-STAGES = ("output:net.blocks.2", "output:net.blocks.6", "output:net.blocks.15")
+STAGES = ("output:net._blocks.2", "output:net._blocks.6", "output:net._blocks.15")
 
 
 class Lite(nn.Module):
