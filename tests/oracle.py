@@ -33,6 +33,7 @@ INPUTS = {
         "teacher_logits",
         "student_logits",
     ),
+    "token_recycling": ("E1", "E2", "bfs.adjacency"),
     "dmae": ("imgs", "noise", "tokens", "pred", "feat_*", "proj_*"),
     "ofa_kd": ("*_logits", "labels", "soft_targets", "soft_mask"),
     "krr_st": ("net.*", "x_*", "y_*"),
