@@ -35,7 +35,8 @@ def test_the_tree() -> None:
     assert torch.equal(TREE.depths, data["tree.position_ids"])
     assert torch.equal(TREE.parents[1:], data["tree.father_index"][1:])
     assert data["tree.father_index"][0] == -1  # of the root, which has none
-    assert torch.equal(TREE.ranks, data["tree.candidate_index"])
+    assert torch.equal(TREE.ranks[1:], data["tree.candidate_index"][1:])
+    assert data["tree.candidate_index"][0] == -1
     starts = [int((TREE.depths == depth).nonzero()[0]) for depth in range(1, 7)] + [len(TREE.depths)]
     assert starts == data["tree.level_starts"].tolist()
     assert sorted(map(tuple, TREE.paths.tolist())) == sorted(map(tuple, data["tree.search_path"].tolist()))
