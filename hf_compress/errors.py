@@ -82,3 +82,7 @@ class UnknownNameError(HfCompressError, KeyError):
 
     def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str]]]:
         return type(self), self._given  # copied to another process by what it was made from, not by its message
+
+
+class TextTeacherError(HfCompressError, RuntimeError):
+    """A text teacher that cannot be asked, or whose budget is spent; what was answered is in the cache."""

@@ -1,0 +1,60 @@
+"""A small real server of the OpenAI chat protocol on loopback, with a plan of faults."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Fault = str | tuple[int, dict[str, str]]
+"""A status with headers, "drop" (the connection), "garbage" or "empty" (an answer that is none)."""
+
+
+class ChatServerState:
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        self.answer, self.plan = answer, list[Fault]()
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.url = ""
+
+
+@contextmanager
+def serving(answer: Callable[[str], str]) -> Iterator[ChatServerState]:
+    """The server while the block runs; `state.plan` holds faults of the next requests."""
+    state = ChatServerState(answer)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            state.requests.append(body)
+            state.keys.append(self.headers.get("authorization"))
+            fault = state.plan.pop(0) if state.plan else None
+            if fault == "drop":
+                self.connection.close()
+                return
+            status, headers = fault if isinstance(fault, tuple) else (200, {})
+            text = state.answer(body["messages"][-1]["content"])
+            reply = {"choices": [{"message": {"role": "assistant", "content": None if fault == "empty" else text}}]}
+            data = b"<html>" if fault == "garbage" else json.dumps(reply).encode()
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            """Silence."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
