@@ -35,6 +35,7 @@ INPUTS = {
     ),
     "token_recycling": ("E1", "E2", "bfs.adjacency"),
     "ff_g2m": ("*_logits", "labels", "idx_train", "edges_loop", "edges_no_loop"),
+    "llmlingua2": ("filter.variation_rate", "filter.alignment_gap", "decide.token_probs"),
     "dmae": ("imgs", "noise", "tokens", "pred", "feat_*", "proj_*"),
     "ofa_kd": ("*_logits", "labels", "soft_targets", "soft_mask"),
     "krr_st": ("net.*", "x_*", "y_*"),

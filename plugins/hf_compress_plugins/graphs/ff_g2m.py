@@ -11,8 +11,8 @@ The teacher's logits of all nodes are computed beforehand and looked up by the n
 weighs the labels, the other way round than elsewhere. The form is the authors' code's: one temperature, in the high
 term alone.
 
-A batch is a set of nodes with the edges among them; with all nodes in one batch the losses are the published ones. Means
-run over the edges of a batch, so that accumulation changes their meaning. Isolated nodes stand in L_low by their
+A batch is a set of nodes with the edges among them; with all nodes in one batch the losses are the published ones.
+Means run over the edges of a batch, so that accumulation changes their meaning. Isolated nodes stand in L_low by their
 self-loop and not in L_high; adding a constant to a class of all logits leaves L_high alone.
 """
 
