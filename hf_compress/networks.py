@@ -31,6 +31,8 @@ class Networks:
     def __init__(self, made: Mapping[str, tuple[nn.Module, Optimizer]]) -> None:
         self.modules = {name: network for name, (network, _) in made.items()}
         self._optimizers = {name: optimizer for name, (_, optimizer) in made.items()}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        """Of the window. Kept apart from `.grad`: a student's loss that runs through a network leaves its own there."""
         for name, (network, optimizer) in made.items():
             own = {id(parameter) for parameter in network.parameters()}
             if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
@@ -50,16 +52,22 @@ class Networks:
                 raise NumericalError(f"step {step}: network loss {name!r} is {loss.item()}; no weight was changed.")
         inputs = [p for network in self.modules.values() for p in network.parameters() if p.requires_grad]
         total = torch.stack(list(losses.values())).sum() / micros
-        torch.autograd.backward(total, inputs=inputs)
+        for parameter, gradient in zip(inputs, torch.autograd.grad(total, inputs, allow_unused=True), strict=True):
+            if gradient is not None:
+                before = self._gradients.get(parameter)
+                self._gradients[parameter] = gradient if before is None else before + gradient
 
     def step(self, accelerator: Accelerator) -> None:
         """Averages the gradients over all ranks and steps every optimizer."""
         for name, optimizer in self._optimizers.items():
             for parameter in self.modules[name].parameters():
-                if accelerator.num_processes > 1 and parameter.grad is not None:
-                    parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+                gradient = self._gradients.get(parameter)
+                if gradient is not None and accelerator.num_processes > 1:
+                    gradient = accelerator.reduce(gradient, reduction="mean")
+                parameter.grad = gradient
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self._gradients = {}
 
     def save(self, folder: Path) -> None:
         """Writes weights and optimizers, each file whole or not at all."""
