@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import facts, registry
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 ORDER = "stages"
 """The key of a recipe that holds its stages."""
+LEARNED = "learned.safetensors"
+"""Beside a stage's model: what its methods learned with it (projections), for the stage after it; never pushed."""
 
 
 class Stage(BaseModel):
@@ -108,10 +112,12 @@ def run_stages(
     stages = stages_of(recipe)
     _check_keys(stages, surroundings)
     models, records, current = dict(surroundings.models), list[Any](), student
+    previous: Path | None = None
     for place, stage in enumerate(stages):
         target = folder / f"{place}-{stage.name}"
         start = copy.deepcopy(student if stage.start == "first" else current)
-        current = _run(stage, start, target, replace(surroundings, models=models))
+        current = _run(stage, start, target, replace(surroundings, models=models), previous)
+        previous = target
         records.append(getattr(current.config, "compression", None))
         if stage.keep_as is not None:
             models[stage.keep_as] = copy.deepcopy(current)
@@ -133,8 +139,10 @@ def _check_keys(stages: Sequence[Stage], surroundings: Surroundings) -> None:
         known |= {stage.keep_as} if stage.keep_as else set()
 
 
-def _run(stage: Stage, student: PreTrainedModel, target: Path, around: Surroundings) -> PreTrainedModel:
-    """The student after one stage; a finished one is loaded."""
+def _run(
+    stage: Stage, student: PreTrainedModel, target: Path, around: Surroundings, before: Path | None
+) -> PreTrainedModel:
+    """The student after one stage; a finished one is loaded. What was learned beside it before goes on."""
     if target.is_dir():
         logger.info("  %s: is there", target.name)
         found: PreTrainedModel = type(student).from_pretrained(target)
@@ -143,32 +151,44 @@ def _run(stage: Stage, student: PreTrainedModel, target: Path, around: Surroundi
     set_seed(around.seed)
     settings: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1, "report_to": [], "disable_tqdm": True}
     settings |= {"seed": around.seed} | dict(around.arguments) | dict(stage.arguments)
+    callback = _distilling(stage, around)
     trainer = Trainer(
         model=student,
         args=TrainingArguments(str(unfinished(target)), **settings),
         train_dataset=around.data[stage.data],
         data_collator=around.data_collator,
         processing_class=around.processing_class,
-        callbacks=[*_distilling(stage, around), *around.callbacks],
+        callbacks=[*([callback] if callback else []), *around.callbacks],
     )
     if not stage.labels:
         trainer.data_collator = _without_labels(trainer.data_collator)
+    if callback is not None and before is not None and (before / LEARNED).exists():
+        _carry(load_file(before / LEARNED), callback.run.distiller)
     train_into(trainer, target, progress=around.progress)
+    if callback is not None and (learned := dict(callback.run.distiller.named_parameters())):
+        save_file({name: parameter.detach().contiguous() for name, parameter in learned.items()}, target / LEARNED)
     student.requires_grad_(True)
     return student
 
 
-def _distilling(stage: Stage, around: Surroundings) -> list[TrainerCallback]:
+def _carry(learned: Mapping[str, Tensor], distiller: nn.Module) -> None:
+    """Parts of the same name and shape go on from where they were."""
+    with torch.no_grad():
+        for name, parameter in distiller.named_parameters():
+            if name in learned and learned[name].shape == parameter.shape:
+                parameter.copy_(learned[name])
+
+
+def _distilling(stage: Stage, around: Surroundings) -> DistillCallback | None:
     if not stage.methods:
-        return []
-    callback = DistillCallback(
+        return None
+    return DistillCallback(
         None if stage.teacher is None else around.models[stage.teacher],
         [_objective(method) for method in stage.methods],
         task_weight=stage.task_weight,
         frozen={role: around.models[key] for role, key in stage.frozen.items()},
         data=stage.data,
     )
-    return [callback]
 
 
 def _without_labels(collate: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,29 @@ def test_nothing_to_train_is_refused() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ConfigurationError, match="leaves no parameter"):
         freeze(model, "nothing of that name")
+
+
+class Learning(Seen):
+    """Has a part that is learned with the student."""
+
+    starts: list[Tensor]
+
+    def build(self, student: Any, teacher: Any) -> None:
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def per_position(self, rows: Rows, step: Step) -> Tensor:
+        if step.global_step == 0 and step.micro == 0:
+            self.starts.append(self.scale.detach().clone())
+        return super().per_position(rows, step) * self.scale
+
+
+def test_what_is_learned_beside_the_student_goes_on_in_the_next_stage(tmp_path: Path) -> None:
+    Learning.starts = []
+    stages = (stage(methods=(Learning(),)), stage(name="two", methods=(Learning(),)))
+    run(tmp_path, *stages)
+    assert Learning.starts[0] == 1
+    assert Learning.starts[1] < 1
+    shutil.rmtree(tmp_path / "1-two")
+    carried, Learning.starts = Learning.starts[1], []
+    run(tmp_path, *stages)
+    assert torch.equal(Learning.starts[0], carried)
