@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from hf_compress_plugins.decoding.token_recycling import PATHS, Tree, accept, build_tree, draft, recycle, steps
+from hf_compress_plugins.decoding.token_recycling import PATHS, Tree, accept, build_tree, draft, recycle, step
 from torch import Tensor
 
 TREE = build_tree()
@@ -52,12 +52,12 @@ def loop(adjacency: Tensor) -> tuple[list[int], list[int], Tensor]:
     about = oracle.metadata("token_recycling")
     prompt, limit = about["prompt"], int(about["max_new_tokens"])
     sequence, lengths, before = list(prompt[:-1]), list[int](), adjacency.clone()
-    for read, _ in steps(Table(prompt), adjacency, prompt[-1], TREE):
+    table, root = Table(prompt), prompt[-1]
+    while len(sequence) - len(prompt) <= limit:
+        before = adjacency.clone()
+        read, root = step(table, adjacency, root, TREE)
         sequence += read
         lengths.append(len(read))
-        if len(sequence) - len(prompt) > limit:
-            break
-        before = adjacency.clone()
     return sequence, lengths, before
 
 

@@ -9,24 +9,31 @@ with Token Recycling, ACL 2025, arXiv:2408.08696, section 3.
     accept the root-to-leaf path with most nodes n such that n = y at n's parent, the first of equals
     M[read token] = top k of its logits, accepted or not;  next root = y at the last accepted node
 
-The output is that of plain greedy decoding, token for token, in float32; in half precision another batch shape can turn
-a near tie. No training, no draft model. Gains need text that repeats itself.
+The output is that of plain greedy decoding, token for token: y is its argmax, the first of equal logits. Where the two
+best logits differ by no more than rounding they may turn, because 81 tokens are added up in another order than one: not
+seen in float32, common in half precision. Models and settings whose output would differ for another reason are refused.
+No training, no draft model. Gains need text that repeats itself.
 
     generate = TokenRecycling()
-    model.generate(**inputs, custom_generate=generate)
+    model.generate(**inputs, do_sample=False, custom_generate=generate)
 
-Differences from the authors' code: it leaves out the final eos and may go beyond `max_new_tokens` by up to the tree's
-depth; here the result ends exactly where `generate` would end. Where a token stands at several nodes its last node's
-candidates are kept, on every device.
+Differences from the authors' code: it leaves out the final eos, may go beyond `max_new_tokens` by up to the tree's
+depth and does not recycle the last step; here the result ends exactly where `generate` would end, every step is
+recycled, and no node is drafted behind the last position that a model has. Where a token stands at several nodes its
+last node's candidates are kept, on every device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_compress.errors import ConfigurationError
@@ -63,7 +70,21 @@ class Tree:
     """(leaf, depth + 1) nodes from the root to each leaf, -1 behind its end."""
 
     def to(self, device: torch.device) -> Tree:
+        """The tree with its tensors on a device."""
         return Tree(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def cut(self, depth: int) -> Tree:
+        """The tree without its nodes below a depth; 0 leaves the root."""
+        if depth >= self.paths.shape[1] - 1:
+            return self
+        count = int((self.depths <= depth).sum())
+        return Tree(
+            parents=self.parents[:count],
+            ranks=self.ranks[:count],
+            depths=self.depths[:count],
+            sees=self.sees[:count, :count],
+            paths=self.paths[:, : depth + 1],
+        )
 
 
 def build_tree(paths: Sequence[Sequence[int]] = PATHS) -> Tree:
@@ -148,36 +169,36 @@ class Scorer(Protocol):
         """Makes those nodes of the tree just scored part of the prefix."""
 
 
-def steps(scorer: Scorer, adjacency: Tensor, root: int, tree: Tree) -> Iterator[tuple[list[int], int]]:
-    """Endless steps: the tokens that were read and accepted, the root first, and the next root, not read yet."""
-    while True:
-        ids = draft(adjacency, root, tree)
-        logits = scorer.score(ids, tree)
-        predictions = logits.argmax(-1)
-        nodes = accept(ids, predictions, tree)
-        scorer.keep(nodes)
-        recycle(adjacency, ids, logits)
-        root = int(predictions[nodes[-1]])
-        yield ids[nodes].tolist(), root
+def step(scorer: Scorer, adjacency: Tensor, root: int, tree: Tree) -> tuple[list[int], int]:
+    """One forward: the tokens that were read and accepted, the root first, and the next root, not read yet."""
+    ids = draft(adjacency, root, tree)
+    logits = scorer.score(ids, tree)
+    predictions = logits.argmax(-1)
+    nodes = accept(ids, predictions, tree)
+    scorer.keep(nodes)
+    recycle(adjacency, ids, logits)
+    return ids[nodes].tolist(), int(predictions[nodes[-1]])
 
 
 class CachedModel:
     """A causal LM with its key-value cache as a `Scorer`.
 
     Args:
-        model: any causal LM that takes a 4-D mask, position ids and a dynamic cache.
+        model: any causal LM that takes a 4-D mask, position ids and a dynamic cache of whole layers.
         prompt: (1, time) ids; all but the last are read here.
     """
 
     def __init__(self, model: Any, prompt: Tensor) -> None:
         from transformers import DynamicCache
 
-        self.model, self.cache, self.length = model, DynamicCache(config=model.config), 0
-        if prompt.shape[1] > 1:
-            model(input_ids=prompt[:, :-1], cache=self.cache, use_cache=True)
-            self.length = prompt.shape[1] - 1
+        self.model, self.cache, self.length = model, DynamicCache(config=model.config), prompt.shape[1] - 1
+        if self.length:
+            last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+            positions = torch.arange(self.length, device=prompt.device)[None]
+            model(input_ids=prompt[:, :-1], position_ids=positions, cache=self.cache, use_cache=True, **last)
 
     def score(self, ids: Tensor, tree: Tree) -> Tensor:
+        """(node, vocab) logits; the cache holds the whole tree until `keep`."""
         prefix = torch.ones(len(ids), self.length, dtype=torch.bool, device=ids.device)
         sees = torch.cat([prefix, tree.sees], 1)[None, None]
         mask = torch.zeros(sees.shape, dtype=self.model.dtype, device=ids.device)
@@ -192,21 +213,25 @@ class CachedModel:
         return logits
 
     def keep(self, nodes: Tensor) -> None:
-        kept = torch.cat([torch.arange(self.length, device=nodes.device), self.length + nodes])
+        """Moves the keys and values of those nodes behind the prefix and drops the other nodes'."""
+        end = self.length + len(nodes)
         for layer in self.cache.layers:
-            layer.keys = layer.keys[:, :, kept]
-            layer.values = layer.values[:, :, kept]
-        self.length += len(nodes)
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                states[:, :, self.length : end] = states[:, :, self.length + nodes.to(states.device)]
+                setattr(layer, name, states[:, :, :end])
+        self.length = end
 
 
 class TokenRecycling:
-    """What `generate(custom_generate=…)` calls; keeps its adjacency matrix between calls.
+    """What `generate(custom_generate=…)` calls; keeps its adjacency matrix between calls, for one vocabulary.
 
     Args:
         candidates: k, columns of the matrix; at least the largest rank of the tree plus one.
         paths: the tree's nodes.
 
     Attributes:
+        adjacency: (vocab, k) int64, None before the first call.
         forwards: of the last call, its prompt not counted.
         accepted: tokens of the last call that came from them.
     """
@@ -229,41 +254,137 @@ class TokenRecycling:
         """(1, time) prompt and its greedy continuation.
 
         Raises:
-            ConfigurationError: for more than one row, sampling, beams, padding or logits processors.
+            ConfigurationError: for more than one row, padding, other inputs than ids, what is not greedy decoding or
+                returns more than ids, a model whose attention a tree does not fit, or a matrix of another vocabulary.
         """
-        _check(input_ids, logits_processor, generation_config, kwargs)
-        tree, device = self.tree.to(input_ids.device), input_ids.device
-        if self.adjacency is None or len(self.adjacency) != model.config.get_text_config().vocab_size:
-            size = model.config.get_text_config().vocab_size
-            self.adjacency = torch.zeros(size, self.candidates, dtype=torch.long)
-        self.adjacency = self.adjacency.to(device)
+        _check_model(model, generation_config.max_length)
+        _check_call(input_ids, logits_processor, generation_config, kwargs)
+        adjacency, tree = self._matrix(model), self.tree.to(model.device)
+        limit = _positions(model)
+        scorer = CachedModel(model, input_ids.to(model.device))
         self.forwards = self.accepted = 0
-        sequence = input_ids
-        scorer = CachedModel(model, input_ids)
-        if any(getattr(layer, "is_sliding", False) for layer in scorer.cache.layers):
-            raise ConfigurationError(
-                "token_recycling: a model with sliding-window attention keeps no whole cache to choose from. Leave "
-                "custom_generate out."
-            )
-        for read, root in steps(scorer, self.adjacency, int(input_ids[0, -1]), tree):
+        sequence, root = input_ids, int(input_ids[0, -1])
+        while True:
+            read, root = step(scorer, adjacency, root, tree.cut(max(0, limit - sequence.shape[1])))
             self.forwards += 1
             for token in [*read[1:], root]:
-                sequence = torch.cat([sequence, torch.tensor([[token]], device=device)], 1)
+                sequence = torch.cat([sequence, sequence.new_tensor([[token]])], 1)
                 self.accepted += 1
                 if bool(stopping_criteria(sequence, None).all()):
                     return sequence
-        raise AssertionError("steps are endless")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the matrix to a safetensors file, for other processes and models of the same vocabulary.
+
+        Raises:
+            ConfigurationError: before the first call, when there is none.
+        """
+        if self.adjacency is None:
+            raise ConfigurationError(f"token_recycling: no matrix for {path} yet. Generate first.")
+        save_file({"adjacency": self.adjacency.cpu()}, path)
+
+    def load(self, path: str | Path) -> None:
+        """Goes on from a saved matrix.
+
+        Raises:
+            ConfigurationError: if the file is not a matrix of as many candidates.
+        """
+        try:
+            matrix = load_file(path).get("adjacency", torch.empty(0))
+        except SafetensorError as error:
+            raise ConfigurationError(f"token_recycling: {path} is no safetensors file: {error}.") from error
+        fits = matrix.dtype == torch.long and matrix.dim() == 2 and matrix.shape[1] == self.candidates and len(matrix)
+        if not fits or int(matrix.min()) < 0 or int(matrix.max()) >= len(matrix):
+            raise ConfigurationError(
+                f"token_recycling: {path} has to hold `adjacency`, (vocab, {self.candidates}) int64 token ids, "
+                f"got {tuple(matrix.shape)} {matrix.dtype}."
+            )
+        self.adjacency = matrix
+
+    def _matrix(self, model: Any) -> Tensor:
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        if self.adjacency is None:
+            self.adjacency = torch.zeros(vocab, self.candidates, dtype=torch.long)
+        if len(self.adjacency) != vocab or vocab < self.candidates:
+            raise ConfigurationError(
+                f"token_recycling: a matrix of {len(self.adjacency)} tokens and {self.candidates} candidates does not "
+                f"fit a model of {vocab} tokens. Use one TokenRecycling for each vocabulary."
+            )
+        self.adjacency = self.adjacency.to(model.device)
+        return self.adjacency
 
 
-def _check(input_ids: Tensor, logits_processor: Any, generation_config: Any, kwargs: dict[str, Any]) -> None:
-    mask = kwargs.get("attention_mask")
-    if len(input_ids) != 1 or (mask is not None and not bool(mask.bool().all())):
-        raise ConfigurationError(f"token_recycling: one row without padding at a time, got {tuple(input_ids.shape)}.")
-    if generation_config.do_sample or generation_config.num_beams not in (None, 1) or len(logits_processor or ()):
-        raise ConfigurationError(
-            "token_recycling: greedy decoding only, without logits processors. Pass do_sample=False, num_beams=1 and "
-            "no penalties, or leave custom_generate out."
-        )
+def _positions(model: Any) -> int:
+    """How many positions behave as in a shorter text: all that a model has, or those before its frequencies change."""
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or 2**31
+    return min(limit, _frequencies_until(config))
+
+
+def _check_call(input_ids: Tensor, logits_processor: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
+    cache, mask, positions = (kwargs.get(name) for name in ("cache", "attention_mask", "position_ids"))
+    known = ("cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep")
+    others = [name for name, value in kwargs.items() if name not in known and value is not None]
+    processors = [type(processor).__name__ for processor in logits_processor or ()]
+    mode = config.get_generation_mode().value
+    usual = positions is None or torch.equal(positions.cpu(), torch.arange(input_ids.shape[1])[None])
+    if mode != "greedy_search":
+        problem = f"{mode}. Pass do_sample=False and num_beams=1"
+    elif len(input_ids) != 1:
+        problem = f"{len(input_ids)} rows. Generate them one by one; the matrix is kept"
+    elif not input_ids.shape[1] or others:
+        problem = f"inputs besides ids ({', '.join(others) or 'no ids'})"
+    elif not usual or (mask is not None and not bool(mask.bool().all())):
+        problem = "padding, masked tokens or position_ids of your own. Pass the row without padding"
+    elif processors:
+        problem = f"logits processors: {', '.join(processors)}. Unset what asks for them, such as a penalty"
+    elif config.return_dict_in_generate:
+        problem = "return_dict_in_generate=True. It returns ids alone"
+    elif getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length()):
+        problem = "a cache of your own. It starts with an empty one and does not return it"
+    else:
+        return
+    raise ConfigurationError(
+        f"token_recycling: greedy decoding of one row, got {problem}. Or leave custom_generate out."
+    )
+
+
+def _check_model(model: Any, longest: int) -> None:
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    config = model.config.get_text_config(decoder=True)
+    lacking = {"attention_mask", "position_ids", "cache"} - set(inspect.signature(type(model).forward).parameters)
+    if model.config.is_encoder_decoder:
+        problem = "has an encoder"
+    elif lacking:
+        problem = f"takes no {' and no '.join(sorted(lacking))}"
+    elif getattr(config, "alibi", False):
+        problem = "takes positions from the mask (alibi)"
+    elif config._attn_implementation not in ("sdpa", "eager"):
+        problem = f"runs {config._attn_implementation} attention, which takes no tree; set_attn_implementation('sdpa')"
+    elif "local" in getattr(config, "attention_layers", ()) or any(
+        type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers
+    ):
+        problem = "has layers that keep no whole cache: a sliding window, chunks or a recurrent state"
+    elif longest > (limit := _frequencies_until(config)):
+        problem = f"changes its rotary frequencies behind {limit} tokens, and {longest} were asked for"
+    else:
+        return
+    raise ConfigurationError(
+        f"token_recycling: {type(model).__name__} {problem}, so its output would not be that of greedy decoding. "
+        "Leave custom_generate out."
+    )
+
+
+def _frequencies_until(config: Any) -> int:
+    """Tokens up to which the rotary frequencies do not depend on the length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in (rope, *rope.values())
+        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=2**31)
 
 
 METHOD = Method(
