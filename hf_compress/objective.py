@@ -211,7 +211,8 @@ class Objective(nn.Module):
         return {}
 
     def batch(self, inputs: Inputs, step: Step) -> Inputs:
-        """What the student sees instead of the batch: noise, masks."""
+        """What the student sees instead of the batch: noise, masks. Entries that its forward does not name stay with
+        the method, in `Signals.inputs`."""
         return inputs
 
     def teacher_batch(self, inputs: Inputs, step: Step) -> Inputs:

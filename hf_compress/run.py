@@ -455,7 +455,8 @@ class Run:
             for objective in self.distiller.objectives:
                 if objective.overrides("batch"):
                     inputs = objective.batch(inputs, self._step)
-            seen = {name: value for name, value in inputs.items() if name not in self.columns}
+            hidden = self.columns | (inputs.keys() - seen.keys() - set(names))  # what a method added for itself
+            seen = {name: value for name, value in inputs.items() if name not in hidden}
         self._inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         assert self._taps is not None  # the hooks exist only while the taps do
         asked = seen.get("output_hidden_states") or getattr(self.sizes.config, "output_hidden_states", False)

@@ -290,12 +290,13 @@ def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None =
     student, teacher = models(case.task, dtype)
     kind = o.kind_of(student)
     needs = case.objective().needs(o.sizes(student), o.sizes(teacher))
-    inputs = _inputs(case, length)
+    step = _step(case, student, teacher)
+    inputs = case.objective().batch(_inputs(case, length), step)
     seen: list[dict[str, Tensor]] = []
     theirs = needs.teacher or frozenset()
     further = frozen(case, case.objective(), dtype)
-    step = _step(case, student, teacher)
-    own = {name: value for name, value in inputs.items() if name not in needs.columns}
+    known = inspect.signature(student.forward).parameters
+    own = {name: value for name, value in inputs.items() if name not in needs.columns and name in known}
     other = {name: value for name, value in case.objective().teacher_batch(inputs, step).items() if name in own}
     read = ((student, needs.student, own), (teacher, theirs, other), *((m, theirs, own) for m in further.values()))
     for model, names, given in read:
