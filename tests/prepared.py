@@ -35,10 +35,24 @@ def for_two_models(dataset: Dataset, args: TrainingArguments) -> Mapping[str, An
     return {"data_collator": both}
 
 
+def with_prompts(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
+    """Rows whose first token is the prompt."""
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return testing.collate(batch) | {"prompt_length": torch.ones(len(batch), dtype=torch.long)}
+
+    return {"data_collator": collate}
+
+
 SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 == 0)
 
 PREPARED: Mapping[str, Mapping[str, Any]] = {
     "ddk": {"prepare": in_domains, "settings": {"K": 1}},
+    "dparallel": {
+        "prepare": with_prompts,
+        "settings": {"mask_token_id": testing.VOCAB - 1, "block": 4},
+        "elsewhere": frozenset({"unmask"}),
+    },
     "alm": {
         "prepare": for_two_models,
         "settings": {"spaces": SPACES},
