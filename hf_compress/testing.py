@@ -87,6 +87,8 @@ class Case:
     """For a method that trains on data of its own making: gives the Trainer's train_dataset, data_collator or both."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Other than the method's defaults, where these take more steps than a check has."""
+    student: Callable[[PreTrainedModel], PreTrainedModel] | None = None
+    """Makes the student out of the suite's, for a method that trains a class of its own."""
     elsewhere: frozenset[str] = frozenset()
     """Public functions that another door than the Trainer's step reaches: a preparation, or other settings."""
 
@@ -126,6 +128,16 @@ def models(task: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMod
     """A student of width 48 with two layers and a teacher of width 96 with three, without dropout."""
     student, teacher = _models(task)
     return copy.deepcopy(student).to(dtype), copy.deepcopy(teacher).to(dtype)
+
+
+def _pair(case: Case, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """`models` with the case's own student."""
+    student, teacher = models(case.task, dtype)
+    if case.student is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            student = case.student(student).to(dtype)
+    return student, teacher
 
 
 def _model(task: str, *, width: int, layers: int, seed: int) -> PreTrainedModel:
@@ -243,7 +255,7 @@ def trainer(
     **settings: Any,
 ) -> tuple[Trainer, PreTrainedModel]:
     """A Trainer with the method attached, and its teacher."""
-    student, teacher = models(case.task, dtype)
+    student, teacher = _pair(case, dtype)
     dataset = Dataset.from_list(rows(case.task) if data is None else data)
     defaults: dict[str, Any] = {
         "max_steps": 1,
@@ -273,7 +285,7 @@ def frozen(case: Case, method: Any, dtype: torch.dtype = torch.float32) -> dict[
     """A model of the student's size for each role that the method asks for."""
     if not isinstance(method, Objective):
         return {}
-    roles = method.needs(*(o.sizes(model) for model in models(case.task))).frozen
+    roles = method.needs(*(o.sizes(model) for model in _pair(case))).frozen
     return {role: _model(case.task, width=48, layers=2, seed=2 + place).to(dtype) for place, role in enumerate(roles)}
 
 
@@ -287,7 +299,7 @@ def weights_hash(model: nn.Module) -> str:
 
 def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None = None) -> Signals:
     """What both models give for the four rows, the student's taps as leaves with gradient."""
-    student, teacher = models(case.task, dtype)
+    student, teacher = _pair(case, dtype)
     kind = o.kind_of(student)
     needs = case.objective().needs(o.sizes(student), o.sizes(teacher))
     step = _step(case, student, teacher)
@@ -330,7 +342,7 @@ def _inputs(case: Case, length: int | None) -> Inputs:
 
 def value(case: Case, given: Signals) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's weighed terms on given signals, and their gradients by tap of the student."""
-    student, teacher = models(case.task)
+    student, teacher = _pair(case)
     objective = case.objective()
     needs = objective.needs(o.sizes(student), o.sizes(teacher))
     with torch.random.fork_rng():
@@ -379,8 +391,8 @@ def check_a_step_changes_the_student_alone(case: Case, folder: Path) -> None:
     keeper = _Keeper()
     made, teacher = trainer(case, folder, callbacks=(keeper,), max_steps=3)
     student, before = made.model, weights_hash(teacher)
-    trained = [parameter.requires_grad for parameter in models(case.task)[1].parameters()]
-    keys, start = set(models(case.task)[0].state_dict()), weights_hash(models(case.task)[0])
+    trained = [parameter.requires_grad for parameter in _pair(case)[1].parameters()]
+    keys, start = set(_pair(case)[0].state_dict()), weights_hash(_pair(case)[0])
     made.train()
     assert weights_hash(teacher) == before, "the teacher's weights changed"
     assert all(module.training for module in teacher.modules()), "the teacher's mode was not restored"
@@ -416,7 +428,7 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
         keeper = _Keeper()
         settings: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         made, _ = trainer(case, folder, dtype=torch.float64, callbacks=(keeper,), **settings)
-        needs = case.objective().needs(*(o.sizes(model) for model in models(case.task)))
+        needs = case.objective().needs(*(o.sizes(model) for model in _pair(case)))
         if needs.mean_over == "batch" or needs.relates_positions:
             return  # relates what is in a batch: accumulation changes its meaning, as its page says
         with one_generator:
@@ -434,7 +446,7 @@ def check_nan_outside_what_is_scored_changes_nothing(case: Case, folder: Path) -
     """NaN in logits that are not scored and in states of padding: same value, same gradients, none of them NaN."""
     clean = signals(case)
     total, gradients = value(case, clean)
-    own_ids = not case.objective().needs(*(o.sizes(model) for model in models(case.task))).same_tokens
+    own_ids = not case.objective().needs(*(o.sizes(model) for model in _pair(case))).same_tokens
     spoilt = dataclasses.replace(
         clean,
         student={name: _spoil(clean, name, tensor, own_ids).requires_grad_() for name, tensor in clean.student.items()},
@@ -539,7 +551,7 @@ def check_config_survives_json(case: Case, folder: Path) -> None:
 
 def check_a_nan_stops_the_run(case: Case, folder: Path) -> None:
     """NaN in the teacher's weights: an error with step and method before any weight of the student changes."""
-    if case.objective().needs(*(o.sizes(model) for model in models(case.task))).teacher is None:
+    if case.objective().needs(*(o.sizes(model) for model in _pair(case))).teacher is None:
         return
     made, teacher = trainer(case, folder)
     for parameter in teacher.parameters():
