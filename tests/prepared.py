@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from hf_compress_plugins.encoders.acm import acm
 from hf_compress_plugins.language.ddk import DDKConfig, domains
 from torch import Tensor
 from transformers import TrainingArguments
@@ -48,6 +49,7 @@ SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 
 
 PREPARED: Mapping[str, Mapping[str, Any]] = {
     "ddk": {"prepare": in_domains, "settings": {"K": 1}},
+    "acm": {"student": acm, "elsewhere": frozenset({"cumulated", "gate_labels"})},
     "dparallel": {
         "prepare": with_prompts,
         "settings": {"mask_token_id": testing.VOCAB - 1, "block": 4},

@@ -99,7 +99,7 @@ def surroundings() -> Surroundings:
         models={"pretrained": testing._model(TASK, width=96, layers=3, seed=5), "finetuned": testing.models(TASK)[1]},
         data={"general": testing.rows(TASK, 8, seed=3), "task": testing.rows(TASK, 8)},
         arguments={
-            "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True, "logging_steps": 1,
+            "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True,
         },
         data_collator=testing.collate,
         progress=False,

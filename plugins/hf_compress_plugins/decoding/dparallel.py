@@ -24,11 +24,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import Inputs, Needs, Objective, Signals, Sizes, Step, tokens
 from hf_compress.registry import Method
 from hf_compress.taps import unwrap
+from hf_compress_plugins.decoding._modeling_masked_diffusion import (
+    MaskedDiffusionConfig,
+    MaskedDiffusionForMaskedLM,
+)
 
 EPSILON = 1e-3
 """Of the masking probability (authors' code)."""
@@ -203,6 +208,9 @@ class ParallelDecoding:
                     self.steps += 1
         return ids
 
+
+AutoConfig.register("masked_diffusion", MaskedDiffusionConfig, exist_ok=True)
+AutoModelForMaskedLM.register(MaskedDiffusionConfig, MaskedDiffusionForMaskedLM, exist_ok=True)
 
 METHOD = Method(
     title="dParallel: Learnable Parallel Decoding for dLLMs",

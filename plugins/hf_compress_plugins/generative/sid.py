@@ -30,10 +30,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
+from transformers import AutoConfig, AutoModel
 
 from hf_compress.errors import ConfigurationError
 from hf_compress.objective import Inputs, Needs, Objective, Signals, Sizes, Step, require_one_shape
 from hf_compress.registry import Method
+from hf_compress_plugins.generative._modeling_edm import EDMDenoiser, EDMDenoiserConfig
 
 OUTPUT = "output.sample"
 RHO = 7
@@ -229,6 +231,9 @@ class SiD(Objective):
         fake = step.networks["fake"](**given).sample
         return generator_loss(image, real, fake, alpha=settings.alpha).sum((1, 2, 3))
 
+
+AutoConfig.register("edm_denoiser", EDMDenoiserConfig, exist_ok=True)
+AutoModel.register(EDMDenoiserConfig, EDMDenoiser, exist_ok=True)
 
 METHOD = Method(
     title="Few-Step Diffusion via Score identity Distillation",

@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_compress.divergences import check_temperature, kl
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import IGNORED, Inputs, Needs, Objective, Signals, Sizes, Step
 from hf_compress.registry import Method
+from hf_compress_plugins.graphs._modeling_node_mlp import NodeMLPConfig, NodeMLPForSequenceClassification
 
 NODE, EDGES = "node", "edges"
 """Columns of a batch: (node,) ids, and (2, edge) places in the batch, self-loops left out."""
@@ -159,9 +161,12 @@ class FFG2M(Objective):
         return {name: (1 - settings.lamb) * value for name, value in found.items()}
 
 
+AutoConfig.register("node_mlp", NodeMLPConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(NodeMLPConfig, NodeMLPForSequenceClassification, exist_ok=True)
+
 METHOD = Method(
-    title="Extracting Low-/High-Frequency Knowledge from Graph Neural Networks and Injecting it into MLPs: An Effective "
-    "GNN-to-MLP Distillation Framework",
+    title="Extracting Low-/High-Frequency Knowledge from Graph Neural Networks and Injecting it into MLPs: An "
+    "Effective GNN-to-MLP Distillation Framework",
     paper="arXiv:2305.10758",
     authors="Lirong Wu, Haitao Lin, Yufei Huang, Tianyu Fan, Stan Z. Li",
     year=2023,

@@ -1,0 +1,191 @@
+"""ACM: modules called on the teacher's inputs, three phases, conditional computation that exports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hf_compress_plugins.encoders import acm as module
+from hf_compress_plugins.encoders.acm import (
+    ACM,
+    RECIPE,
+    acm,
+    choice_diversity,
+    choice_entropy,
+    cumulated,
+    gate_labels,
+    spent,
+)
+from torch import Tensor
+from transformers import Trainer
+
+from hf_compress import DistillCallback, export_onnx, testing
+from hf_compress.errors import ConfigurationError, MismatchError
+from hf_compress.stages import Surroundings, run_stages
+
+TASK = "image-classification"
+
+
+def teacher() -> Any:
+    return testing.models(TASK)[0]
+
+
+def student() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return acm(teacher(), config={"learners": 3, "gate_size": 4})
+
+
+def surroundings(steps: int = 3, **arguments: Any) -> Surroundings:
+    defaults: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "logging_steps": 1,
+    }
+    return Surroundings(
+        models={"teacher": teacher()},
+        data={"train": testing.rows(TASK, 8)},
+        arguments=defaults | arguments,
+        data_collator=testing.collate,
+        progress=False,
+    )
+
+
+def run(folder: Path, method: Any, steps: int = 1, **settings: Any) -> Trainer:
+    plain, _ = testing.trainer(testing.Case("acm", TASK), folder, objective=ACM(phase="learners"), max_steps=steps)
+    made = Trainer(
+        model=student(),
+        args=plain.args,
+        train_dataset=plain.train_dataset,
+        data_collator=testing.collate,
+        callbacks=[DistillCallback(teacher(), method, **settings)],
+    )
+    made.train()
+    return made
+
+
+def test_learner_k_gets_the_gradient_of_choice_k_alone() -> None:
+    each = torch.ones(1, 3, 2, requires_grad=True)
+    torch.testing.assert_close(cumulated(each, detach=True)[0, :, 0], torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    cumulated(each, detach=True)[0, 3].sum().backward()
+    assert each.grad is not None
+    assert each.grad[0, :, 0].tolist() == [0.0, 0.0, 1.0]
+    each.grad = None
+    cumulated(each, detach=False)[0, 3].sum().backward()
+    assert each.grad[0, :, 0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_labels_stop_where_a_learner_no_longer_pays() -> None:
+    errors = torch.tensor([[4.0, 2.0, 1.9, 0.1], [4.0, 2.0, 1.0, 0.5], [4.0, 2.0, 0.0, 0.0]])
+    assert gate_labels(errors, factor=1.2).tolist() == [2, 3, 3]
+
+
+def test_choices_by_hand() -> None:
+    """Two samples, one takes all of three learners and one none: half of the cost, no entropy, -2 · ½ · |¾ - 0|."""
+    choice = torch.zeros(2, 4, 4)
+    choice[0, :, 3] = choice[1, :, 0] = 1.0
+    assert spent([choice], [7.0]).item() == pytest.approx(0.5)
+    assert choice_entropy([choice]).item() == pytest.approx(0.0)
+    assert choice_diversity([choice]).item() == pytest.approx(-0.75)
+    assert choice_entropy([torch.full((1, 2, 4), 0.25)]).item() == pytest.approx(-1.0)
+
+
+def test_the_student_has_the_teacher_s_weights_but_for_its_blocks() -> None:
+    own, theirs = student().state_dict(), teacher().state_dict()
+    for name, weight in theirs.items():
+        assert ".mlp." in name or torch.equal(own[name], weight), name
+    with pytest.raises(MismatchError, match="ViTForImageClassification"):
+        acm(testing.models("text-classification")[0])
+
+
+def test_more_learners_come_nearer_to_the_teacher(tmp_path: Path) -> None:
+    made = run_stages(
+        {"stages": RECIPE["stages"][:1]}, student(), tmp_path, surroundings(150, learning_rate=5e-3)
+    ).eval()
+    batch = testing.collate(testing.rows(TASK, 8))["pixel_values"]
+    inputs: list[Tensor] = []
+    model = teacher().eval()
+    model.vit.layers[0].mlp.register_forward_hook(lambda _, args, out: inputs.extend([args[0], out]))
+    with torch.no_grad():
+        model(batch)
+        every = cumulated(made.vit.layers[0].mlp.each(inputs[0]), detach=False)
+    errors = (every - inputs[1][..., None, :]).square().mean((0, 1, 3)).tolist()
+    assert errors[3] < errors[1] < errors[0]
+
+
+def test_each_phase_trains_its_part_on_the_teacher_s_blocks(tmp_path: Path) -> None:
+    made = run_stages(RECIPE, student(), tmp_path, surroundings())
+    start = student().state_dict()
+    loaded = [type(made).from_pretrained(tmp_path / name).state_dict() for name in ("0-learners", "1-gates")]
+    for before, after, part in ((start, loaded[0], ".learners."), (loaded[0], loaded[1], ".gate.")):
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed
+        assert all(part in name for name in changed)
+    third = made.state_dict()
+    assert any(not torch.equal(loaded[1][name], third[name]) for name in third if "attention" in name)
+    assert [stage["methods"][0]["settings"]["phase"] for stage in made.config.compression["before"]] == [
+        "learners",
+        "gates",
+    ]
+
+
+def test_the_budget_is_what_the_gates_learn(tmp_path: Path) -> None:
+    method = ACM(phase="joint", budget=0.2, budget_weight=50.0, entropy_weight=0.0, diversity_weight=0.0)
+    made = run(tmp_path, method, steps=60)
+    logs = [entry["distill/acm.budget"] for entry in made.state.log_history if "distill/acm.budget" in entry]
+    assert sum(logs[-10:]) < 0.6 * sum(logs[:10])
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    whole = run_stages(RECIPE, student(), tmp_path / "whole", surroundings(4, **settings))
+    again = run_stages(RECIPE, student(), tmp_path / "again", surroundings(4, **settings))
+    assert testing.weights_hash(whole) == testing.weights_hash(again)
+
+
+def test_it_exports_with_parity_and_loads_where_this_package_cannot_be_imported(tmp_path: Path) -> None:
+    made = student().eval()
+    made.save_pretrained(tmp_path / "student")
+    export_onnx(tmp_path / "student")
+    assert (tmp_path / "student/onnx/model.onnx").exists()
+    code = f"""
+import sys
+for name in ("hf_compress", "hf_compress_plugins"):
+    sys.modules[name] = None
+try:
+    import hf_compress
+except ImportError:
+    pass
+else:
+    raise AssertionError("hf_compress can be imported")
+import torch
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained({str(tmp_path / "student")!r}, trust_remote_code=True).eval()
+torch.save(model(torch.ones(1, 3, 8, 8)).logits.detach(), {str(tmp_path / "out.pt")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.no_grad():
+        own = made(torch.ones(1, 3, 8, 8)).logits
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True), own)
+
+
+def test_a_student_of_another_kind_and_settings_out_of_range_are_refused(tmp_path: Path) -> None:
+    plain, _ = testing.trainer(testing.Case("acm", TASK), tmp_path, objective=ACM(phase="learners"))
+    with pytest.raises(MismatchError, match=r"must come from acm"):
+        plain.train()
+    for settings in ({"phase": "all"}, {"budget": 2.0}, {"factor": 0.5}):
+        with pytest.raises(ConfigurationError, match="acm"):
+            ACM(**settings)
+
+
+@pytest.mark.parametrize("name", ["cumulated", "gate_labels", "spent", "choice_entropy", "choice_diversity"])
+def test_each_function_is_reached_by_the_phases(name: str, tmp_path: Path) -> None:
+    with mock.patch.object(module, name, side_effect=KeyError(name)), pytest.raises(KeyError):
+        run_stages(RECIPE, student(), tmp_path, surroundings(1))
