@@ -121,7 +121,7 @@ def test_an_unknown_method_lists_the_nearest_or_else_all() -> None:
     with pytest.raises(UnknownNameError, match=f"Known: .*{', '.join(OURS[:1])}"):
         registry.get("zzzzzz")
 
-    assert near.value.near == ["taid"]
+    assert near.value.near[0] == "taid"
     assert isinstance(near.value, KeyError)
 
 
