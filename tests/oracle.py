@@ -48,6 +48,10 @@ INPUTS = {
         *("learners.*", "x", "teacher_out", "gated.choices", "stage2_table.errors", "stage3.gate_probs_?"),
         "stage3.gate_logits_?",
     ),
+    "dm_codec": (
+        *("?_feature", "??_feature", "?_lm", "??_lm", "?_sm", "??_sm", "dr?", "dg?", "rec_x", "rec_xhat"),
+        *("rvq_x", "rvq_codebook?"),
+    ),
     "dmae": ("imgs", "noise", "tokens", "pred", "feat_*", "proj_*"),
     "ofa_kd": ("*_logits", "labels", "soft_targets", "soft_mask"),
     "krr_st": ("net.*", "x_*", "y_*"),
