@@ -154,7 +154,7 @@ def test_methods_in_a_pipe_shows_every_name_whole(command: Callable[..., Said]) 
     assert said.code == 0
     assert said.err == ""
     for name, entry in registry.catalogue().methods.items():
-        line = next(line for line in said.out.splitlines() if f" {name} " in line)
+        line = next(line for line in said.out.splitlines() if line.lstrip("│ ").startswith(f"{name} "))
         assert entry.declared["paper"] in line
     assert "…" not in said.out
 

@@ -238,7 +238,7 @@ METHOD = Method(
     summary="A trained vision transformer learns to spend less of its feed-forward blocks on tokens that need less.",
     bibtex="""@inproceedings{wojcik2025adaptive,
   title = {Adaptive Computation Modules: Granular Conditional Computation for Efficient Inference},
-  author = {W{\\'o}jcik, Bartosz and Devoto, Alessio and Pustelnik, Karol and Minervini, Pasquale and
+  author = {Wójcik, Bartosz and Devoto, Alessio and Pustelnik, Karol and Minervini, Pasquale and
             Scardapane, Simone},
   booktitle = {AAAI Conference on Artificial Intelligence},
   year = {2025}, eprint = {2312.10193}, archivePrefix = {arXiv}
