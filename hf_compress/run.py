@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +18,6 @@ from transformers import Trainer
 
 from . import distiller as d
 from . import objective as o
-from . import registry
 from .checks import check_apart, check_head, check_ids, check_labels, check_pair, check_tokenizers
 from .data import Mixture, check_mixture
 from .distiller import PREFIX, Counts, Distiller
@@ -32,9 +30,10 @@ from .errors import (
     UnusedLossError,
 )
 from .networks import Networks
-from .objective import Inputs, Kind, Needs, Objective, Signals, Step
+from .objective import Inputs, Kind, Objective, Signals, Step
 from .outputs import loss_of, with_loss, without_states
 from .provenance import describe_training, task_of
+from .resolving import agreed, dry_inputs, resolve_methods, until
 from .resume import SIDE_FILE, read_checkpoint, reload_renamed, resumed_folder
 from .stepping import make_step
 from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
@@ -112,7 +111,7 @@ class Run:
             check_apart(student, source)
         self.teacher = None if source is None else self._source(source)
         theirs = None if self.teacher is None else self.teacher.sizes
-        self.needs = _agreed([objective.needs(self.sizes, theirs) for objective in objectives])
+        self.needs = agreed([objective.needs(self.sizes, theirs) for objective in objectives])
         self._check_rescored(objectives)
         self.frozen = self._frozen(config.frozen)
         if self.teacher is None and any(need.teacher is not None for need in self.needs):
@@ -209,7 +208,7 @@ class Run:
         device = trainer.args.device
         wanted: frozenset[str] = frozenset().union(*(need.teacher or frozenset() for need in self.needs))
         if self.teacher is not None:
-            self.teacher.prepare(wanted, device, until=_until(self.needs))
+            self.teacher.prepare(wanted, device, until=until(self.needs))
         for other in self.frozen.values():
             other.prepare(wanted or frozenset({"logits"}), device)
         names: frozenset[str] = frozenset().union(*(need.student for need in self.needs))
@@ -685,69 +684,3 @@ class Run:
         if self._evaluating is not None and self.pending is not None and not self._is_training():
             (inputs, signals), self.pending = self.pending, None
             self._measure(signals, inputs)
-
-
-def _agreed(needs: list[Needs]) -> list[Needs]:
-    """The needs of a run: where one method rescores, all are averaged over examples."""
-    if not any(need.rescored for need in needs):
-        return needs
-    return [replace(need, mean_over="examples") if need.mean_over != "batch" else need for need in needs]
-
-
-def _until(needs: Sequence[Needs]) -> str | None:
-    """The tap after which the teacher may stop: only where every method that taps it names the same one."""
-    named = {need.teacher_until for need in needs if need.teacher}
-    return named.pop() if len(named) == 1 else None
-
-
-def resolve_methods(method: str | Objective | Sequence[str | Objective] | None, task: str) -> list[Objective]:
-    """Copies of the objectives that the user asked for, or the default of the task.
-
-    Copies, because a run changes state and weights, and `model_init` starts several runs from one list.
-
-    Raises:
-        UnknownNameError: for an unknown name, with the nearest.
-        ConfigurationError: for a method without an objective, or a task without a default.
-    """
-    if method is None:
-        entries = registry.default_for(task)
-        if not entries:
-            raise ConfigurationError(
-                f"there is no default method for {task}; name one: DistillCallback(teacher, 'kd')."
-            )
-        method = [entry.name for entry in entries]
-    chosen = [method] if isinstance(method, str | Objective) else list(method)
-    if not chosen:
-        raise ConfigurationError("method=[] names no method; leave it out for the default of the task.")
-    found: list[Objective] = []
-    for one in chosen:
-        if isinstance(one, Objective):
-            found.append(copy.deepcopy(one))
-            continue
-        objective = registry.get(one).load().objective
-        if objective is None:
-            raise ConfigurationError(f"method {one!r} has no objective to train with; see `hf-compress methods`.")
-        found.append(objective())
-    return found
-
-
-def dry_inputs(student: nn.Module, trainer: Trainer, device: torch.device) -> Inputs:
-    """Two rows for a forward that only tells shapes."""
-    model = unwrap(student)
-    main = getattr(model, "main_input_name", None)
-    if main == "input_ids":
-        ids = torch.ones(2, 8, dtype=torch.long, device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if getattr(model.config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids
-        return inputs
-    config = getattr(model, "config", None)
-    size = getattr(config, "image_size", None)
-    if main == "pixel_values" and size is not None:
-        side = size if isinstance(size, int) else size[0]
-        shape = (2, getattr(config, "num_channels", 3), side, side)
-        return {"pixel_values": torch.zeros(shape, device=device, dtype=model.dtype)}
-    data = trainer.train_dataset
-    batch = trainer.data_collator([data[0], data[min(1, len(data) - 1)]])
-    known = inspect.signature(model.forward).parameters
-    return {name: value.to(device) for name, value in batch.items() if name in known and isinstance(value, Tensor)}
