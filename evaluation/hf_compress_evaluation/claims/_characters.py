@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_compress.divergences import kl, log_probabilities, tvd
+
+from . import _training
 
 LENGTH = 64
 """Characters of a row."""
@@ -66,41 +67,20 @@ def collate(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def train(
-    student: Any,
-    *,
-    steps: int,
-    seed: int,
-    callbacks: Sequence[TrainerCallback] = (),
-    learning_rate: float = 3e-3,
-    batch: int = 24,
-    data: Any = None,
-    sampling: str = "random",
+    student: Any, *, steps: int, seed: int, data: Any = None, batch: int = 24, sampling: str = "random", **settings: Any
 ) -> Any:
-    """A plain Trainer on the text, with linear decay."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=steps,
-            use_cpu=True,
-            seed=seed,
-            train_sampling_strategy=sampling,
-        )
-        trainer = Trainer(
-            model=student,
-            args=args,
-            train_dataset=rows() if data is None else data,
-            data_collator=collate,
-            callbacks=list(callbacks),
-        )
-        trainer.train()
-    return student
+    """A plain Trainer on the text, or on other rows of one length."""
+    rows_ = rows() if data is None else data
+    return _training.train(
+        student,
+        data=rows_,
+        data_collator=collate,
+        steps=steps,
+        seed=seed,
+        batch=batch,
+        train_sampling_strategy=sampling,
+        **settings,
+    )
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from . import _training
 
 TRAIN = 1200
 """Of 1,797 images; the others are for the test."""
@@ -60,38 +61,16 @@ def train(
     *,
     steps: int,
     seed: int,
-    callbacks: Sequence[TrainerCallback] = (),
-    learning_rate: float = 3e-3,
-    batch: int = 64,
     data: Any = None,
     data_collator: Any = collate,
+    batch: int = 64,
     **settings: Any,
 ) -> Any:
-    """A plain Trainer on the training images, with linear decay."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=steps,
-            use_cpu=True,
-            seed=seed,
-            **settings,
-        )
-        trainer = Trainer(
-            model=model,
-            args=args,
-            train_dataset=rows() if data is None else data,
-            data_collator=data_collator,
-            callbacks=list(callbacks),
-        )
-        trainer.train()
-    return model
+    """A plain Trainer on the training images, or on other rows."""
+    rows_ = rows() if data is None else data
+    return _training.train(
+        model, data=rows_, data_collator=data_collator, steps=steps, seed=seed, batch=batch, **settings
+    )
 
 
 def accuracy(model: nn.Module) -> float:
