@@ -10,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Fault = str | tuple[int, dict[str, str]]
-"""A status with headers, "drop" (the connection), "garbage" or "empty" (an answer that is none)."""
+"""A status with headers, or one of
+"drop": the connection is closed without a reply; "half": after half of the reply;
+"garbage": a reply that is not JSON; "list": JSON that is no completion; "deep": JSON nested without end;
+"null": a completion without content; "length": one that was cut."""
 
 
 class ChatServerState:
@@ -37,19 +40,28 @@ def serving(answer: Callable[[str], str]) -> Iterator[ChatServerState]:
                 return
             status, headers = fault if isinstance(fault, tuple) else (200, {})
             text = state.answer(body["messages"][-1]["content"])
-            reply = {"choices": [{"message": {"role": "assistant", "content": None if fault == "empty" else text}}]}
-            data = b"<html>" if fault == "garbage" else json.dumps(reply).encode()
+            choice = {
+                "message": {"role": "assistant", "content": None if fault == "null" else text},
+                "finish_reason": "length" if fault == "length" else "stop",
+            }
+            whole = json.dumps({"choices": [choice]}).encode()
+            data = {"garbage": b"<html>", "list": b"[]", "deep": b"[" * 100_000}.get(str(fault), whole)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("content-length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if fault == "half" else data)
+            self.close_connection = True
 
         def log_message(self, *_: Any) -> None:
             """Silence."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """Silence: a client that went away."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

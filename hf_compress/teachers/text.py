@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
+from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from hf_compress import files
 from hf_compress.errors import ConfigurationError, ForeignFileError, TextTeacherError
+
+PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
+PASSING_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+"""What a further try may mend."""
+FAILURES_IN_A_ROW = 8
+"""After so many (and twice the calls at a time) nobody is taken to be there, and nothing more is asked."""
 
 
 class Answer(Protocol):
@@ -33,7 +43,8 @@ class Answer(Protocol):
 class ChatServer:
     """A server that speaks the OpenAI chat protocol, e.g. vLLM's.
 
-    Another answer than a completion raises at once.
+    The key goes to that server alone: no redirect is followed, over plain http no proxy of the environment is used, and
+    `.netrc` is not read. Another answer than a whole completion raises; an empty one is an answer.
     """
 
     url: str
@@ -41,18 +52,42 @@ class ChatServer:
     model: str
     temperature: float = 0.0
     max_tokens: int = 512
+    """Of an answer; one that is cut there is an error and not kept."""
     system: str | None = None
     api_key: str | None = field(default=None, repr=False)
     timeout: float = 60.0
-    """Seconds for one call."""
+    """Seconds without a byte from the server after which a try is given up."""
     retries: int = 3
-    """Further tries after 429, 5xx and broken connections; waits that the server asks for are kept."""
+    """Further tries after 408, 425, 429, 5xx, broken connections and timeouts."""
     backoff: float = 1.0
-    """Seconds before a further try, doubled each time."""
+    """Seconds before the first further try, doubled each time; a longer wait that the server asks for is kept."""
+    longest_wait: float = 120.0
+    """Seconds; a server that asks for a longer wait is given up at once."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ConfigurationError(  # without the address: it may hold a password
+                "ChatServer: url must be a plain http or https address such as 'http://127.0.0.1:8000/v1', without a "
+                "user, a password or a query. A key goes into api_key=…."
+            )
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigurationError("ChatServer: api_key must be printable ASCII, without a line break at its end.")
+        numbers = (self.temperature, self.backoff, self.longest_wait, self.timeout)
+        if not all(0 <= number < math.inf for number in numbers) or self.timeout == 0:
+            raise ConfigurationError(
+                "ChatServer: temperature, backoff, longest_wait and timeout must be finite and not negative, the last "
+                f"above 0, got {numbers}."
+            )
+        if self.max_tokens < 1 or self.retries < 0:
+            raise ConfigurationError(
+                f"ChatServer: max_tokens must be above 0 and retries not negative, got {self.max_tokens} and "
+                f"{self.retries}."
+            )
 
     def identity(self) -> str:
-        """What decides an answer beside the question."""
-        return json.dumps([self.model, self.temperature, self.max_tokens, self.system])
+        """What decides an answer beside the question; not the address, which changes with each start of a server."""
+        return json.dumps([self.model, float(self.temperature), self.system or None])
 
     def __call__(self, prompt: str) -> str:
         messages = [{"role": "system", "content": self.system}] if self.system else []
@@ -62,115 +97,193 @@ class ChatServer:
             "max_tokens": self.max_tokens,
             "messages": [*messages, {"role": "user", "content": prompt}],
         }
-        headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         with requests.Session() as session:
-            retry = Retry(
-                total=self.retries,
-                backoff_factor=self.backoff,
-                status_forcelist=(429, 500, 502, 503, 504),
-                allowed_methods=None,  # a question may be asked again
-                raise_on_status=False,
+            session.trust_env = urlsplit(self.url).scheme == "https"  # through a proxy, plain http shows it the key
+            session.auth = self._authorize
+            for number in range(1 + self.retries):
+                said, asked = self._try(session, body)
+                if asked is None:
+                    return said
+                if number < self.retries:
+                    time.sleep(max(asked, min(self.backoff * 2**number, self.longest_wait)))
+        raise TextTeacherError(
+            f"the text teacher {self.model!r} did not answer after {1 + self.retries} tries ({said}). Check that its "
+            "server runs; answers so far are in the cache."
+        )
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self.api_key is not None:
+            request.headers["authorization"] = f"Bearer {self.api_key}"
+        return request
+
+    def _try(self, session: requests.Session, body: dict[str, Any]) -> tuple[str, float | None]:
+        """(answer, None), or what went wrong and the seconds that the server asks to wait."""
+        problem, again = "", False
+        try:
+            reply = session.post(
+                f"{self.url.rstrip('/')}/chat/completions", json=body, timeout=self.timeout, allow_redirects=False
             )
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, HTTPAdapter(max_retries=retry))
-            try:
-                reply = session.post(
-                    f"{self.url.rstrip('/')}/chat/completions",
-                    json=body,
-                    headers=headers,
-                    timeout=self.timeout,
-                    allow_redirects=False,  # the key must not go to another host
-                )
-            except requests.RequestException as error:
-                raise TextTeacherError(
-                    f"the text teacher {self.model!r} did not answer after {1 + self.retries} tries "
-                    f"({type(error).__name__}). Check that its server runs; answers so far are in the cache."
-                ) from None  # its text may hold the request
-        return _content(reply)
+        except requests.RequestException as error:
+            problem, again = type(error).__name__, isinstance(error, PASSING_ERRORS)
+        if again:
+            return problem, 0.0
+        if problem:  # outside the handler: the error that is left behind holds the request and so the key
+            raise TextTeacherError(f"the text teacher {self.model!r} cannot be asked ({problem}). Check its settings.")
+        if reply.status_code not in PASSING_STATUS:
+            return self._content(reply), None
+        asked = _asked_wait(reply)
+        if asked > self.longest_wait:
+            raise TextTeacherError(
+                f"the text teacher's server said {reply.status_code} and asks to wait {asked:.0f} seconds, more than "
+                f"longest_wait={self.longest_wait:.0f}. Run again later; answers so far are in the cache."
+            )
+        return f"status {reply.status_code}: {self._shown(reply.text)}", asked
+
+    def _content(self, reply: requests.Response) -> str:
+        if reply.status_code != 200:
+            raise TextTeacherError(f"the text teacher's server said {reply.status_code}: {self._shown(reply.text)}.")
+        content, finished = _completion(reply)
+        if finished in ("length", "content_filter"):
+            raise TextTeacherError(
+                f"the text teacher's answer is not whole: finish_reason {finished!r}, max_tokens={self.max_tokens}. "
+                "Raise max_tokens, or leave that question out."
+            )
+        if not isinstance(content, str):
+            raise TextTeacherError(f"the text teacher's server sent no chat completion: {self._shown(reply.text)}.")
+        return content
+
+    def _shown(self, text: str) -> str:
+        """The start of a server's text, which may repeat the key."""
+        return repr((text.replace(self.api_key, "[api_key]") if self.api_key else text)[:200])
 
 
-def _content(reply: Any) -> str:
-    if reply.status_code != 200:
-        raise TextTeacherError(f"the text teacher's server said {reply.status_code}: {reply.text[:200]!r}.")
+def _completion(reply: requests.Response) -> tuple[object, object]:
+    """Content and finish_reason; None where there is none."""
     try:
-        content = reply.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise TextTeacherError(f"the text teacher's server sent no chat completion: {reply.text[:200]!r}.") from error
-    if not isinstance(content, str):
-        raise TextTeacherError(f"the text teacher's answer is {content!r}, not text.")
-    return content
+        choice = reply.json()["choices"][0]
+        return choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None, None
+
+
+def _asked_wait(reply: requests.Response) -> float:
+    """Seconds, from a Retry-After of seconds or of a date; 0 without one, or with one that cannot be read."""
+    try:
+        return float(Retry().parse_retry_after(reply.headers.get("retry-after", "0")))
+    except (InvalidHeader, OverflowError, ValueError):
+        return 0.0
 
 
 class TextTeacher:
-    """Asks a text teacher, with a cache and a budget.
+    """Asks a text teacher, with a cache and a budget. Several processes may share a cache.
 
     Args:
         answer: a callable from prompt to answer, or a `ChatServer`.
         cache: folder of one JSON file an answer; None keeps them in memory.
-        name: of a callable, for the cache's keys: two teachers must not share one.
-        budget: most calls that are made, cached answers not counted; None: no limit.
-        workers: calls at a time.
+        name: of a callable, for the cache's keys: two teachers must not share one. Of a server: where the model's name
+            does not say which weights answer.
+        budget: most calls that this object makes, cached answers not counted, failed calls counted, the further tries
+            of one call not; None: no limit.
+        workers: calls at a time, each in a thread; 1 for a callable that must not be called so.
+
+    Raises:
+        ConfigurationError: for a callable without a name, no workers, or a negative budget.
     """
 
     def __init__(
         self,
         answer: Answer | ChatServer,
         *,
-        cache: Path | None = None,
+        cache: Path | str | None = None,
         name: str | None = None,
         budget: int | None = None,
         workers: int = 4,
     ) -> None:
-        identity = answer.identity() if isinstance(answer, ChatServer) else name
-        if identity is None:
+        if not isinstance(answer, ChatServer) and name is None:
             raise ConfigurationError(
                 "TextTeacher: a callable needs name=…, which keys its cached answers: another model gets another name."
             )
-        self.answer, self.identity, self.budget, self.workers = answer, identity, budget, workers
-        self.cache = cache
+        if workers < 1 or (budget is not None and budget < 0):
+            raise ConfigurationError(
+                f"TextTeacher: workers must be above 0 and the budget not negative, got {workers} and {budget}."
+            )
+        self.answer, self.budget, self.workers = answer, budget, workers
+        self.identity = json.dumps([name, answer.identity() if isinstance(answer, ChatServer) else None])
+        self.cache = None if cache is None else Path(cache)
         self.calls = 0
         self._memory: dict[str, str] = {}
         self._lock = threading.Lock()
-        if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
+        if self.cache is not None:
+            self.cache.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, prompts: Sequence[str], progress: Callable[[int], None] | None = None) -> list[str]:
         """The answers in order; each is in the cache as soon as it is there.
 
+        A prompt that fails does not keep the others from being asked, unless nearly nothing is answered any more.
+
         Args:
             prompts: questions.
-            progress: called with the number of answers as they come.
+            progress: called with the number of answers that came in this call, cached ones left out.
 
         Raises:
-            TextTeacherError: if a call fails for good, or the budget does not cover what is not cached.
+            TextTeacherError: if calls failed for good (what the others gave is in the cache), or the budget does not
+                cover what is not cached (nothing is asked).
+            ForeignFileError: if a cached answer is damaged; nothing is asked.
+            ConfigurationError: if `prompts` is one text.
         """
+        if isinstance(prompts, str):
+            raise ConfigurationError("TextTeacher: prompts must be a list of texts, got one text. Pass [prompt].")
         known = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
         wanted = [prompt for prompt, answer in known.items() if answer is None]
         if self.budget is not None and self.calls + len(wanted) > self.budget:
-            raise TextTeacherError(
-                f"{len(wanted)} prompts have no cached answer, {self.calls} calls were made and the budget is "
-                f"{self.budget}. Raise the budget or ask for fewer."
-            )
-        first: BaseException | None = None
-        with ThreadPoolExecutor(self.workers) as pool:
-            running = {pool.submit(self._ask, prompt): prompt for prompt in wanted}
-            for count, done in enumerate(as_completed(running), 1):
-                if (error := done.exception()) is not None:  # the others' answers are kept before it is raised
-                    first = first or error
-                    continue
-                known[running[done]] = done.result()
-                if progress is not None:
-                    progress(count)
-        if first is not None:
-            raise first
+            raise self._spent(len(wanted))
+        known |= self._ask_all(wanted, progress)
         return [answer for prompt in prompts if (answer := known[prompt]) is not None]
 
+    def _ask_all(self, wanted: Sequence[str], progress: Callable[[int], None] | None) -> dict[str, str]:
+        found: dict[str, str] = {}
+        errors: list[BaseException] = []
+        in_a_row, limit = 0, max(FAILURES_IN_A_ROW, 2 * self.workers)
+        queue = iter(wanted)
+        with ThreadPoolExecutor(self.workers) as pool:  # when interrupted, what runs is finished and kept
+            running = {pool.submit(self._ask, prompt): prompt for prompt in islice(queue, self.workers)}
+            while running:
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    prompt = running.pop(done)
+                    if (error := done.exception()) is not None:
+                        errors.append(error)
+                        in_a_row += 1
+                    else:
+                        found[prompt], in_a_row = done.result(), 0
+                        if progress is not None:
+                            progress(len(found))
+                    if in_a_row < limit:
+                        running |= {pool.submit(self._ask, further): further for further in islice(queue, 1)}
+        if errors:
+            raise TextTeacherError(
+                f"{len(wanted) - len(found)} of {len(wanted)} prompts have no answer; the others' are kept. "
+                f"The first error is {type(errors[0]).__name__}: {errors[0]}"
+            ) from errors[0]
+        return found
+
     def _ask(self, prompt: str) -> str:
+        if (answer := self._read(prompt)) is not None:  # another process was faster
+            return answer
         with self._lock:
+            if self.budget is not None and self.calls >= self.budget:  # two threads may have asked for their share
+                raise self._spent(1)
             self.calls += 1
         answer = self.answer(prompt)
+        if not isinstance(answer, str):
+            raise TextTeacherError(f"the text teacher's answer is a {type(answer).__name__}, not text.")
         self._write(prompt, answer)
         return answer
+
+    def _spent(self, wanted: int) -> TextTeacherError:
+        return TextTeacherError(
+            f"{wanted} prompts have no cached answer, {self.calls} calls were made and the budget is {self.budget}. "
+            "Raise the budget or ask for fewer."
+        )
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([self.identity, prompt]).encode()).hexdigest()
@@ -182,9 +295,13 @@ class TextTeacher:
         path = self.cache / f"{key}.json"
         if not path.exists():
             return None
-        answer = files.read_json(path).get("answer")
-        if not isinstance(answer, str):
-            raise ForeignFileError(path, "holds no answer.", "Remove it; the teacher is asked again.")
+        remedy = "Remove it; the teacher is asked again."
+        try:
+            stored = files.read_json(path)
+        except ForeignFileError as error:
+            raise ForeignFileError(path, error.problem, remedy) from error
+        if stored.get("prompt") != prompt or not isinstance(answer := stored.get("answer"), str):
+            raise ForeignFileError(path, "holds no answer to this prompt.", remedy)
         return answer
 
     def _write(self, prompt: str, answer: str) -> None:
