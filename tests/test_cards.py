@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from prepared import PREPARED
 
 from hf_compress import facts, outgoing
 from hf_compress.errors import ForeignFileError
 from hf_compress.facts import Data, Measurement, Method, Model, Record, Training
+from hf_compress.provenance import describe_method
+from hf_compress.registry import catalogue
+from hf_compress.testing import cases
 
 BIBTEX = "@article{hinton2015,\n  title={Distilling the Knowledge in a Neural Network}\n}"
 BERT = "BertForSequenceClassification"
@@ -507,3 +512,20 @@ def test_rendering_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+OBJECTIVES = {case.method: replace(case, **PREPARED.get(case.method, {})).objective for case in cases()}
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_each_method_is_named_with_its_settings_and_its_citation(tmp_path: Path, name: str) -> None:
+    method = describe_method(OBJECTIVES[name]())
+    card = render(made(tmp_path / "student", Record(training=training(methods=(method,)))))
+    (row,) = [cells for cells in rows(card) if cells[0] == text.escape(name)]
+    for setting, value in method.settings.items():
+        assert text.escape(setting) in row[2], setting
+        if isinstance(value, int) and not isinstance(value, bool):
+            assert str(value) in row[2], setting
+    declared = catalogue().methods[name].declared
+    assert f"```bibtex\n{declared['bibtex']}\n```" in card
+    assert f"with {text.escape(name)}." in " ".join(card.split())
