@@ -79,13 +79,14 @@ def test_what_passes_is_tried_again(server: ChatServerState, fault: Any, waits: 
 
 @pytest.mark.parametrize(
     ("asked", "least"),
-    [("7", 7.0), ("later", 0.01), ("-3", 0.01), (format_datetime(datetime.now(UTC) + timedelta(seconds=100)), 50.0)],
+    [("7", 7.0), ("later", 0.01), ("-3", 0.01), (timedelta(seconds=100), 50.0)],
     ids=["seconds", "unreadable", "negative", "date"],
 )
 def test_the_wait_that_a_server_asks_for_is_kept(
-    server: ChatServerState, asked: str, least: float, waits: list[float]
+    server: ChatServerState, asked: str | timedelta, least: float, waits: list[float]
 ) -> None:
-    server.plan = [(429, {"retry-after": asked})]
+    given = format_datetime(datetime.now(UTC) + asked) if isinstance(asked, timedelta) else asked
+    server.plan = [(429, {"retry-after": given})]
     assert TextTeacher(chat(server))(["a"]) == ["A"]
     assert len(waits) == 1
     assert least <= waits[0] <= 2 * least
