@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_compress import DistillCallback
 from hf_compress.testing import collate, models, rows, weights_hash
 
-STEPS = 40
+STEPS, TASKS = 40, ("text-classification", "text-generation")
 
 
 class Slowly(TrainerCallback):
@@ -97,7 +97,7 @@ def _start(folder: Path, task: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("task", ["text-classification", pytest.param("text-generation", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", TASKS)
 def test_a_run_killed_at_random_moments_ends_as_the_run_that_was_not(task: str, tmp_path: Path) -> None:
     """State in buffers (taid) and learned parts (features), SIGKILL twice, each time after a random step."""
     draw = random.Random(hashlib.sha256(task.encode()).digest())
