@@ -33,6 +33,7 @@ from .networks import Networks
 from .objective import Inputs, Kind, Objective, Signals, Step
 from .outputs import loss_of, with_loss, without_states
 from .provenance import describe_training, task_of
+from .reports import Reports, Sums, over_ranks
 from .resolving import agreed, dry_inputs, resolve_methods, until
 from .resume import SIDE_FILE, read_checkpoint, reload_renamed, resumed_folder
 from .stepping import make_step
@@ -43,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 _HISTORY = "mixture"
 """The distiller's buffer with the weights of a `Mixture`."""
-_BELOW = "below "
-"""Marks the denominator of an objective among the sums of an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +64,6 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in get_args(Kind):
             raise ConfigurationError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
-
-
-@dataclass
-class _Sums:
-    """Values added up since the last log, or over one evaluation."""
-
-    values: dict[str, Tensor]
-    count: int = 0
-    """Optimizer steps."""
-
-    def add(self, name: str, value: Tensor) -> None:
-        self.values[name] = self.values[name] + value if name in self.values else value
 
 
 class Run:
@@ -141,6 +128,7 @@ class Run:
         self._restore: list[Callable[[], None]] = []
         self._built = False
         self._loaded: list[str] | None = None
+        self.reports = Reports(self)
         self._reset()
         self.distiller.register_load_state_dict_post_hook(self._note_loaded)  # type: ignore[no-untyped-call]  # torch
         logger.info("hf_compress: %s with %s", self.task, ", ".join(objective.name for objective in objectives))
@@ -178,10 +166,10 @@ class Run:
         self.micro, self.micros = 0, 1
         self.waiting = 0
         self.pending: tuple[Inputs, Any] | None = None
-        self.sums, self._means = _Sums({}), _Sums({})
-        self._evaluating: tuple[str, _Sums] | None = None
+        self.reports.reset()
+        self._means = Sums({})
         self._reached = self._label_column = False
-        self._step: Step | None = None
+        self.step: Step | None = None
         self._inputs: Inputs | None = None
         self._own_states = self._tuple = False
 
@@ -258,8 +246,8 @@ class Run:
     def _wrap(self, trainer: Trainer) -> None:
         """Wraps what the Trainer calls; each wrapper is an attribute of the instance and is undone by `detach`."""
         self._replace(trainer, "get_batch_samples", self._get_batch_samples(trainer.get_batch_samples))
-        self._replace(trainer, "log", self._log(trainer.log))
-        self._replace(trainer, "evaluate", self._evaluate(trainer.evaluate))
+        self._replace(trainer, "log", self.reports.log(trainer.log))
+        self._replace(trainer, "evaluate", self.reports.evaluate(trainer.evaluate))
         self._replace(trainer, "loss_is_scaled_for_ga", True)
         if self.columns and trainer.args.remove_unused_columns:
             if not hasattr(trainer, "_set_signature_columns_if_needed"):
@@ -391,9 +379,9 @@ class Run:
     def end(self) -> None:
         """End of `train()`: last words of the methods, the record, and a clean student."""
         try:
-            if self._step is not None:
+            if self.step is not None:
                 for objective in self.distiller.objectives:
-                    objective.finish(self._step)
+                    objective.finish(self.step)
             config = getattr(unwrap(self.student), "config", None)
             if config is not None:
                 record = describe_training(self, seconds=time.monotonic() - self._started)
@@ -428,18 +416,19 @@ class Run:
 
     # ------------------------------------------------------------------ the hooks
 
-    def _is_training(self) -> bool:
+    def is_training(self) -> bool:
+        """Whether a forward now is one of training."""
         return self.student.training and torch.is_grad_enabled()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         names = list(inspect.signature(unwrap(module).forward).parameters)
         inputs: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
-        training = self._is_training()
+        training = self.is_training()
         cached = any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
-        measuring = self._evaluating is not None and not training and not cached and self.teacher is not None
+        measuring = self.reports.evaluating is not None and not training and not cached and self.teacher is not None
         seen = {name: value for name, value in inputs.items() if name not in self.columns}
-        self._measure_pending()
+        self.reports.measure_pending()
         if not training and not measuring:
             return (), seen
         if missing := self.columns - inputs.keys():
@@ -447,13 +436,13 @@ class Run:
                 f"the batch lacks {sorted(missing)}, which {[x.name for x in self.distiller.objectives]} need; it has "
                 f"{sorted(inputs)}. Add them to the data set and to what the collator passes on."
             )
-        if training or self._step is None:
-            self._step = make_step(self)
+        if training or self.step is None:
+            self.step = make_step(self)
         if training:
-            self._train_networks({k: v for k, v in inputs.items() if isinstance(v, Tensor)}, self._step)
+            self._train_networks({k: v for k, v in inputs.items() if isinstance(v, Tensor)}, self.step)
             for objective in self.distiller.objectives:
                 if objective.overrides("batch"):
-                    inputs = objective.batch(inputs, self._step)
+                    inputs = objective.batch(inputs, self.step)
             hidden = self.columns | (inputs.keys() - seen.keys() - set(names))  # what a method added for itself
             seen = {name: value for name, value in inputs.items() if name not in hidden}
         self._inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -476,7 +465,7 @@ class Run:
             if losses:
                 self.networks.backward(losses, micros=self.micros, step=step.global_step)
             for name, loss in losses.items():
-                self.sums.add(f"network/{name}", loss.detach() / self.micros)
+                self.reports.sums.add(f"network/{name}", loss.detach() / self.micros)
         if self.networks and self.micro == self.micros - 1:
             self.networks.step(self.trainer.accelerator)
 
@@ -491,11 +480,11 @@ class Run:
         clean = without_states(output) if self._own_states else output
         if self.trainer.compute_loss_func is not None and "labels" not in inputs:
             self.pending = (inputs, signals)
-        elif self._is_training():
+        elif self.is_training():
             own = None if isinstance(output, Tensor) else loss_of(output, inputs)
             clean = with_loss(clean, self._total(inputs, signals, own))
         else:
-            self._measure(signals, inputs)
+            self.reports.measure(signals, inputs)
         return clean.to_tuple() if self._tuple else clean
 
     def finish_pending(
@@ -507,8 +496,8 @@ class Run:
         if labels is not None:
             inputs = inputs | {"labels": labels}
             signals = Signals(**{**vars(signals), "inputs": inputs, "positions": o.positions(self.kind, inputs)})
-        if not self._is_training():
-            self._measure(signals, inputs)
+        if not self.is_training():
+            self.reports.measure(signals, inputs)
             return compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         window = self.window or d.count(self.kind, [inputs], self.distiller.objectives)
         own = compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(max(window.labels, 1.0)))
@@ -517,7 +506,7 @@ class Run:
     def _signals(self, inputs: Inputs, output: Any) -> Signals:
         assert self._taps is not None  # checked by the hook
         student = self._taps.read(output)
-        if self._is_training():
+        if self.is_training():
             for name, tensor in student.items():
                 if not tensor.requires_grad:
                     raise ConfigurationError(
@@ -528,9 +517,9 @@ class Run:
         if self.teacher is not None and any(need.teacher for need in self.needs):
             given = inputs
             for objective in self.distiller.objectives:
-                assert self._step is not None  # made by the pre-hook
+                assert self.step is not None  # made by the pre-hook
                 if objective.overrides("teacher_batch"):
-                    given = objective.teacher_batch(given, self._step)
+                    given = objective.teacher_batch(given, self.step)
             seen = self.teacher(given)
         return Signals(
             student=student,
@@ -544,26 +533,26 @@ class Run:
 
     def _total(self, inputs: Inputs, signals: Signals, own: Tensor | None, normalised: bool = False) -> Tensor:
         """This micro-batch's part of the loss, and its place in the logs."""
-        assert self._step is not None  # made by the pre-hook
+        assert self.step is not None  # made by the pre-hook
         local = d.count(self.kind, [inputs], self.distiller.objectives)
         window = self.window or local
-        found = d.terms(self.distiller, self.needs, signals, self._step, local, window)
+        found = d.terms(self.distiller, self.needs, signals, self.step, local, window)
         task = own if normalised else d.task_term(own, local, window)
         total: Tensor = torch.zeros((), device=signals.positions.index.device)
         if task is not None and self.task_weight:
             if not torch.isfinite(task):
                 raise NumericalError(
-                    f"step {self._step.global_step}: the task's own loss is {task.item()} in micro-batch {self.micro}; "
+                    f"step {self.step.global_step}: the task's own loss is {task.item()} in micro-batch {self.micro}; "
                     "no weight was changed. Look at this batch's labels, or lower the learning rate."
                 )
             total = total + self.task_weight * task
         for term in found:
             total = total + term.weight * term.value
             self._means.add(f"{term.key}\n{term.name}", term.value.detach())
-            self.sums.add(f"distill/{term.name}", term.value.detach())
-            self.sums.add("distill_loss", term.weight * term.value.detach())
+            self.reports.sums.add(f"distill/{term.name}", term.value.detach())
+            self.reports.sums.add("distill_loss", term.weight * term.value.detach())
         if own is not None and window.labels:  # of all processes: one whose batch has no labels logs the same names
-            self.sums.add("task_loss", torch.zeros_like(total) if task is None else task.detach())
+            self.reports.sums.add("task_loss", torch.zeros_like(total) if task is None else task.detach())
         if not total.requires_grad:
             raise UnusedLossError(
                 "nothing that is trained reaches the loss: the batch has no labels and no term has a gradient. "
@@ -612,75 +601,15 @@ class Run:
 
     def end_step(self) -> None:
         """After an optimizer step: schedules move on, logs count it."""
-        self.sums.count += 1
+        self.reports.sums.count += 1
         objectives = self.distiller.objectives
-        if self._step is not None and any(objective.overrides("after_step") for objective in objectives):
-            means = self._over_ranks(self._means.values)
+        if self.step is not None and any(objective.overrides("after_step") for objective in objectives):
+            means = over_ranks(self.trainer.accelerator, self._means.values)
             for key, objective in self.distiller.items():
                 own = {k.partition("\n")[2]: v for k, v in means.items() if k.partition("\n")[0] == key}
                 if isinstance(objective, Objective) and own:
-                    objective.after_step(self._step, own)
-        self._means = _Sums({})
+                    objective.after_step(self.step, own)
+        self._means = Sums({})
         self.window = None
         if isinstance(self.trainer.train_dataset, Mixture):
             self.distiller.get_buffer(_HISTORY).copy_(self.trainer.train_dataset.history)
-
-    def _over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1 or not values:
-            return dict(values)
-        names = sorted(values)
-        stacked = accelerator.reduce(torch.stack([values[name].double() for name in names]), reduction="sum")
-        return dict(zip(names, stacked, strict=True))
-
-    # ------------------------------------------------------------------ logs and evaluation
-
-    def _log(self, original: Callable[..., None]) -> Callable[..., None]:
-        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs and self.sums.count:
-                values = self._over_ranks(self.sums.values)
-                logs.update({name: value.item() / self.sums.count for name, value in values.items()})
-                self.sums = _Sums({})
-            if self._evaluating is not None and f"{self._evaluating[0]}_runtime" in logs:
-                self._measure_pending()
-                prefix, sums = self._evaluating
-                values = self._over_ranks(sums.values)
-                if any(values[_BELOW + key].item() for key in self.distiller):
-                    means = [values[key] / values[_BELOW + key].clamp(min=1) for key in self.distiller]
-                    logs[f"{prefix}_distill_loss"] = sum(mean.item() for mean in means)
-            original(logs, *args, **kwargs)
-
-        return log
-
-    def _evaluate(self, original: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-        def evaluate(
-            eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
-        ) -> dict[str, float]:
-            nothing = torch.zeros((), device=self.trainer.args.device)
-            sums = _Sums({name: nothing for key in self.distiller for name in (key, _BELOW + key)})
-            outer, self._evaluating = self._evaluating, (metric_key_prefix, sums)
-            try:
-                return original(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-            finally:
-                self._evaluating, self.pending = outer, None
-
-        return evaluate
-
-    def _measure(self, signals: Signals, inputs: Inputs) -> None:
-        """Adds up one evaluation batch: each objective's values, and what they are divided by in the end."""
-        assert self._evaluating is not None  # the pre-hook watches only then
-        assert self._step is not None  # made by the pre-hook
-        local, sums = d.count(self.kind, [inputs], self.distiller.objectives), self._evaluating[1]
-        below = {}
-        for place, (key, need) in enumerate(zip(self.distiller, self.needs, strict=True)):
-            below[key] = torch.tensor(d.denominator(place, need, local), device=self.trainer.args.device)
-            sums.add(_BELOW + key, below[key])
-        with torch.no_grad():
-            for term in d.terms(self.distiller, self.needs, signals, self._step, local, local):
-                sums.add(term.key, term.weight * term.value * below[term.key])
-
-    def _measure_pending(self) -> None:
-        """Measures an evaluation batch whose labels no loss function of the user's came for: it had none."""
-        if self._evaluating is not None and self.pending is not None and not self._is_training():
-            (inputs, signals), self.pending = self.pending, None
-            self._measure(signals, inputs)
