@@ -29,7 +29,7 @@ search: (teacher, *, data, budget: Budget) -> Ranking; data: batches.
 student: (teacher, *, config) -> PreTrainedModel.
 tokenizer: (model, tokenizer, new_tokenizer, *, texts) -> PreTrainedModel.
 """
-PARTS = ("objective", "selector", *SIGNATURES, "metric", "recipe")
+PARTS = ("objective", *SIGNATURES, "recipe")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,9 +194,6 @@ def objectives(recipe: Recipe) -> list[Any] | None:
                 f"recipe: method {use.name!r} is for {', '.join(entry.tasks)}, not for {recipe.task}. "
                 f"`hf-compress methods --task {recipe.task}` lists those that are."
             )
-        objective = entry.load().objective
-        if objective is None:
-            raise ConfigurationError(f"recipe: method {use.name!r} has no objective to train with.")
         settings = {key: tuple(item) if isinstance(item, list) else item for key, item in use.settings.items()}
-        made.append(objective(weight=use.weight, **settings))
+        made.append(registry.objective(use.name)(weight=use.weight, **settings))
     return made or None

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import PluginError, UnknownNameError
+from .errors import ConfigurationError, PluginError, UnknownNameError
 from .parts import PARTS, Ranking
 
 if TYPE_CHECKING:
@@ -64,14 +64,12 @@ class Method:
     default_for: tuple[str, ...] = ()
     """Tasks for which this method is part of the default."""
     objective: type[Objective] | None = None
-    selector: type[Any] | None = None
     preparation: Callable[..., Any] | None = None
     generation: Callable[..., Any] | None = None
     synthesis: Callable[..., Any] | None = None
     search: Callable[..., Ranking] | None = None
     student: Callable[..., Any] | None = None
     tokenizer: Callable[..., Any] | None = None
-    metric: Callable[..., Any] | None = None
     recipe: Mapping[str, Any] | None = None
     """The parts, see `hf_compress.parts`."""
 
@@ -173,6 +171,20 @@ def get(name: str) -> Entry:
         if where.split(" ")[0].rpartition(".")[2] == name:
             raise PluginError(f"method {where} cannot be used: {reason}")
     raise UnknownNameError("method", name, found.methods)
+
+
+def objective(name: str) -> type[Objective]:
+    """The class of the objective of the method of that name.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+        PluginError: if the method cannot be read or imported.
+        ConfigurationError: for a method that has none.
+    """
+    found = get(name).load().objective
+    if found is None:
+        raise ConfigurationError(f"method {name!r} has no objective to train with; see `hf-compress methods`.")
+    return found
 
 
 def default_for(task: str) -> tuple[Entry, ...]:

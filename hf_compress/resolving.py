@@ -49,16 +49,7 @@ def resolve_methods(method: str | Objective | Sequence[str | Objective] | None, 
     chosen = [method] if isinstance(method, str | Objective) else list(method)
     if not chosen:
         raise ConfigurationError("method=[] names no method; leave it out for the default of the task.")
-    found: list[Objective] = []
-    for one in chosen:
-        if isinstance(one, Objective):
-            found.append(copy.deepcopy(one))
-            continue
-        objective = registry.get(one).load().objective
-        if objective is None:
-            raise ConfigurationError(f"method {one!r} has no objective to train with; see `hf-compress methods`.")
-        found.append(objective())
-    return found
+    return [copy.deepcopy(one) if isinstance(one, Objective) else registry.objective(one)() for one in chosen]
 
 
 def dry_inputs(student: nn.Module, trainer: Trainer, device: torch.device) -> Inputs:

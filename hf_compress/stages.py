@@ -202,11 +202,7 @@ def _objective(method: str | Mapping[str, Any] | Objective) -> Objective:
     if isinstance(method, Objective):
         return method
     given = {"name": method} if isinstance(method, str) else dict(method)
-    name = given.pop("name")
-    objective = registry.get(name).load().objective
-    if objective is None:
-        raise ConfigurationError(f"method {name!r} has no objective to train with.")
-    return objective(**given)
+    return registry.objective(given.pop("name"))(**given)
 
 
 def freeze(model: nn.Module, trainable: str) -> None:

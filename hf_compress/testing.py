@@ -97,9 +97,7 @@ class Case:
 
     def objective(self) -> Objective:
         """A fresh objective with the method's defaults but for `settings`."""
-        made = registry.get(self.method).load().objective
-        assert made is not None  # `cases` lists methods with an objective only
-        return made(**self.settings)
+        return registry.objective(self.method)(**self.settings)
 
     @property
     def labelled(self) -> bool:

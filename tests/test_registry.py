@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_compress import registry
-from hf_compress.errors import PluginError, UnknownNameError
+from hf_compress.errors import ConfigurationError, PluginError, UnknownNameError
 
 OURS = ("features", "gkd", "kd", "minilm", "taid")
 
@@ -123,6 +123,14 @@ def test_an_unknown_method_lists_the_nearest_or_else_all() -> None:
 
     assert near.value.near[0] == "taid"
     assert isinstance(near.value, KeyError)
+
+
+def test_a_method_without_an_objective_cannot_teach() -> None:
+    none = [name for name, entry in registry.catalogue().methods.items() if "objective" not in entry.parts]
+    assert none
+    for name in none:
+        with pytest.raises(ConfigurationError, match=f"'{name}' has no objective to train with"):
+            registry.objective(name)
 
 
 def test_errors_survive_the_way_to_another_process() -> None:
