@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -956,8 +957,6 @@ def test_the_same_trainer_resumes_its_own_checkpoint(tmp_path: Path) -> None:
 
 
 def test_adapters_resume_bit_identically_from_the_side_file(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-
     def run(folder: Path, stop: int | None = None) -> Run:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

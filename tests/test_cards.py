@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from prepared import PREPARED
 
-from hf_compress import facts, outgoing
+from hf_compress import facts, onnx, outgoing
 from hf_compress.errors import ForeignFileError
 from hf_compress.facts import Data, Measurement, Method, Model, Record, Training
 from hf_compress.provenance import describe_method
@@ -464,8 +464,6 @@ def test_the_code_for_torch_runs(
 def test_the_code_for_onnx_runtime_runs_and_agrees(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("onnxruntime")
-    onnx = pytest.importorskip("hf_compress.onnx")
     folder = Path(shutil.copytree(tiny, tmp_path / "student"))
     onnx.export_onnx(folder)
     monkeypatch.chdir(tmp_path)

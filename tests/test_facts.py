@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import ValidationError
 
 from hf_compress import facts, files
@@ -387,12 +388,11 @@ def test_the_fingerprint_is_of_the_whole_content(make: Any) -> None:
 
 
 def test_the_fingerprint_of_images_is_of_their_pixels() -> None:
-    image = pytest.importorskip("PIL.Image")
-    black, white = (lambda: image.new("L", (2, 2), 0)), (lambda: image.new("L", (2, 2), 255))
+    black, white = (lambda: Image.new("L", (2, 2), 0)), (lambda: Image.new("L", (2, 2), 255))
 
     assert facts.fingerprint([{"x": black()}]) == facts.fingerprint([{"x": black()}])
     assert facts.fingerprint([{"x": black()}]) != facts.fingerprint([{"x": white()}])
-    assert facts.fingerprint([{"x": black()}]) != facts.fingerprint([{"x": image.new("L", (4, 1), 0)}])
+    assert facts.fingerprint([{"x": black()}]) != facts.fingerprint([{"x": Image.new("L", (4, 1), 0)}])
 
 
 def test_an_object_without_content_has_no_fingerprint() -> None:

@@ -20,9 +20,9 @@ from hf_compress_plugins.encoders.ernie_tiny import (
     state_loss,
 )
 from scene import sizes
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification
 
-from hf_compress import DistillCallback, export_onnx, testing
+from hf_compress import export_onnx, testing
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.stages import LEARNED, Surroundings, run_stages, stages_of
 
@@ -60,16 +60,8 @@ def test_losses_by_hand() -> None:
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
-    plain, _ = testing.trainer(testing.Case("ernie_tiny", TASK), tmp_path)
-    keeper = testing._Keeper()
-    made = Trainer(
-        model=testing.models(TASK)[1],
-        args=plain.args,
-        train_dataset=plain.train_dataset,
-        data_collator=testing.collate,
-        callbacks=[DistillCallback(testing.models(TASK)[1], "ernie_tiny"), keeper],
-    )
-    made.args.max_steps = 1
+    case = testing.Case("ernie_tiny", TASK, student=lambda _: testing.models(TASK)[1])
+    made, _ = testing.trainer(case, tmp_path)
     made.train()
     (log,) = [entry for entry in made.state.log_history if "loss" in entry]
     assert log["distill_loss"] == pytest.approx(0.0, abs=1e-10)

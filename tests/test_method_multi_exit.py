@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_compress_plugins.encoders.multi_exit import MultiExit, ending_in, exit_layers, exit_loss, exit_weight
+from stub import GradientKeeper
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from hf_compress import DistillCallback, export_onnx, shrink, testing
@@ -46,7 +47,7 @@ def test_an_unlabelled_position_counts_nothing() -> None:
 
 def run(folder: Path, method: MultiExit, task: str = TASK, **settings: Any) -> Trainer:
     plain, _ = testing.trainer(testing.Case("multi_exit", task), folder)
-    keeper = testing._Keeper()
+    keeper = GradientKeeper()
     made = Trainer(
         model=testing.models(task)[1],
         args=plain.args,

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import toys
+from stub import GradientKeeper
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
@@ -129,7 +130,7 @@ def test_accumulation_gives_the_same_gradient_over_what_was_written(tmp_path: Pa
 
     found = []
     for size, steps in ((4, 1), (1, 4), (2, 2)):
-        keeper = testing._Keeper()
+        keeper = GradientKeeper()
         settings: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         with mock.patch(f"{__name__}.on_policy", written):
             trainer, _ = toys.run(

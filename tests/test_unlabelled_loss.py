@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import toys
+from stub import GradientKeeper
 from torch import Tensor
 
 from hf_compress import testing
@@ -36,7 +37,7 @@ def test_it_is_weighed_by_examples_whatever_the_micro_batches(tmp_path: Path) ->
     rows = [row | {"noise": torch.rand(16, generator=draw).tolist()} for row in testing.rows(TASK)]
     found, logs = [], []
     for size, steps in ((4, 1), (1, 4), (3, 2)):
-        keeper = testing._Keeper()
+        keeper = GradientKeeper()
         settings: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         trainer, _ = toys.run(
             tmp_path, OnStates(), TASK, data=rows, dtype=torch.float64, callbacks=(keeper,), **settings
