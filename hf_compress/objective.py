@@ -220,7 +220,7 @@ class Objective(nn.Module):
         return inputs
 
     def count(self, inputs: Inputs) -> int | None:
-        """A denominator of its own, read from the batch before any forward; None: by `Needs.mean_over`."""
+        """A denominator of all its terms, read from the batch before any forward; None: by `Needs.mean_over`."""
         return None
 
     def per_position(self, rows: Rows, step: Step) -> Values:

@@ -191,6 +191,17 @@ def test_without_joining_the_mean_runs_over_the_chunks_of_the_window(tmp_path: P
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("latents", ["none", "l2"])
+def test_joining_changes_no_other_loss(latents: str, tmp_path: Path) -> None:
+    joined, apart = (
+        run(tmp_path, ALM(spaces=spaces(), latents=latents, join=join), width=16).state.log_history[0]
+        for join in (True, False)
+    )
+    names = {"distill/alm.sft"} | ({"distill/alm.latents"} if latents != "none" else set())
+    for name in names:
+        assert apart[name] == pytest.approx(joined[name], rel=1e-5)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="give ALM"):
         ALM()

@@ -15,8 +15,8 @@ the student's last block (`weighting="gradients"`, which needs one more backward
 changes its meaning with accumulation).
 
 Differences from the authors' code: the mean runs over the joined chunks of each row and then over rows, as their number
-is not known before the teacher has run (without joining: over all chunks of a window, as published). The code applies
-the joining matrix twice when it counts, so that its loss is a little larger.
+is not known before the teacher has run (without joining and other losses: over all chunks of a window, as published).
+The code applies the joining matrix twice when it counts, so that its loss is a little larger.
 """
 
 from __future__ import annotations
@@ -405,10 +405,13 @@ class ALM(Objective):
     def teacher_batch(self, inputs: Inputs, step: Step) -> Inputs:
         return {"input_ids": inputs["teacher_input_ids"], "attention_mask": inputs["teacher_attention_mask"]}
 
+    @property
+    def _over_chunks(self) -> bool:
+        """Whether one mean fits: unjoined chunks are known from the batch, and no other loss runs over rows."""
+        return not (self.config.join or self.config.sft or self.config.latents != "none")
+
     def count(self, inputs: Inputs) -> int | None:
-        if self.config.join:
-            return None
-        return int(self._valid(*self._members(inputs)).sum())
+        return int(self._valid(*self._members(inputs)).sum()) if self._over_chunks else None
 
     @staticmethod
     def _members(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -436,7 +439,7 @@ class ALM(Objective):
         return self._weighed(found, step)
 
     def _likelihoods(self, signals: Signals, members: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
-        """(row,) mean distance of a row's joined chunks; their sum where they are not joined."""
+        """(row,) mean distance of a row's chunks; their sum where the mean runs over those of the window."""
         names, settings = ("teacher_input_ids", "input_ids"), self.config
         logits = (signals.teacher["logits"], signals.student["logits"])
         if logits[0].shape[:2] != signals.inputs[names[0]].shape:
@@ -466,7 +469,7 @@ class ALM(Objective):
         both = [one.masked_fill(~counted, -1.0) for one in both]
         value = distance(*both, kind=settings.distance, temperature=settings.temperature).masked_fill(~counted, 0.0)
         total = value.sum(1)
-        return total / counted.sum(1).clamp(min=1) if settings.join else total
+        return total if self._over_chunks else total / counted.sum(1).clamp(min=1)
 
     @staticmethod
     def _text(signals: Signals) -> Tensor:
