@@ -53,6 +53,20 @@ def test_both_distances_weigh_the_same_whatever_their_size() -> None:
     assert combine([3.0], [4.0]) == [0.0]
 
 
+def test_a_ranking_depends_on_its_seed_alone_and_leaves_the_global_draws() -> None:
+    """A vision transformer has weights in no layer (class token, positions), which its constructor draws."""
+    task = "image-classification"
+    teacher, batch = testing.models(task)[1], testing.collate(testing.rows(task, 8))
+    scores = []
+    for number in (0, 1):
+        torch.manual_seed(number)
+        before = torch.get_rng_state()
+        found = diswot(teacher, data=[batch], budget=LARGE, space={"num_hidden_layers": [1, 2]}, seed=3)
+        assert torch.equal(torch.get_rng_state(), before)
+        scores.append((found.configs, found.scores))
+    assert scores[0] == scores[1]
+
+
 def test_a_search_tries_every_configuration_that_fits_and_builds_the_best(tmp_path: Path) -> None:
     teacher = testing.models(TASK)[1]
     space = {"num_hidden_layers": [1, 2], "hidden_size": [46, 48, 64]}  # 46 is not divided by the four heads

@@ -202,15 +202,19 @@ def diswot(
             f"diswot: no configuration of {dict(space)} has {budget.parameters:,} parameters or less."
         )
     distances: dict[int, tuple[float, float]] = {}
-    theirs = [[_behaviour(untrained(type(teacher)(teacher.config), seed + d), b) for b in data] for d in range(DRAWS)]
-    for place in _candidates(fitting, budget, random.Random(seed), distances):
-        student = _student(teacher, space, fitting[place])
-        found = [
-            _distances(_behaviour(untrained(student, seed + draw), batch), reference)
-            for draw in range(DRAWS)
-            for batch, reference in zip(data, theirs[draw], strict=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of weights that lie in no layer, which constructors draw
+        theirs = [
+            [_behaviour(untrained(type(teacher)(teacher.config), seed + d), b) for b in data] for d in range(DRAWS)
         ]
-        distances[place] = (sum(one for one, _ in found) / len(found), sum(two for _, two in found) / len(found))
+        for place in _candidates(fitting, budget, random.Random(seed), distances):
+            student = _student(teacher, space, fitting[place])
+            found = [
+                _distances(_behaviour(untrained(student, seed + draw), batch), reference)
+                for draw in range(DRAWS)
+                for batch, reference in zip(data, theirs[draw], strict=True)
+            ]
+            distances[place] = (sum(one for one, _ in found) / len(found), sum(two for _, two in found) / len(found))
     ranked = _ranked(distances)
     return Ranking(
         configs=tuple(dict(zip(space, fitting[place], strict=True)) for place, _ in ranked),

@@ -30,10 +30,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_compress.data import Augmented, Rows
 from hf_compress.errors import ConfigurationError, MismatchError
+from hf_compress.objective import IGNORED
 from hf_compress.registry import Method
 
 Pairs = Mapping[int, Sequence[tuple[int, int]]]
-IGNORED = -100
 PROBED = 16
 """Expansions that are decoded to see whether the tokenizer's tokens can be cut."""
 
