@@ -63,6 +63,8 @@ class Method:
     tasks: tuple[str, ...]
     default_for: tuple[str, ...] = ()
     """Tasks for which this method is part of the default."""
+    extra: str | None = None
+    """The extra of its distribution whose packages its module imports."""
     objective: type[Objective] | None = None
     preparation: Callable[..., Any] | None = None
     generation: Callable[..., Any] | None = None
@@ -103,11 +105,17 @@ class Entry:
         """Imports the method's module.
 
         Raises:
-            PluginError: if the import fails, with the distribution that ships it.
+            PluginError: if the import fails, with the distribution that ships it, or the line that installs its extra.
         """
         try:
             method = importlib.import_module(self.module).METHOD
         except (Exception, SystemExit) as error:
+            extra = self.declared.get("extra")
+            if extra and isinstance(error, ModuleNotFoundError):
+                raise PluginError(
+                    f"method {self.name!r} needs {error.name}, which is not installed: "
+                    f"pip install '{self.distribution}[{extra}]'"
+                ) from error
             raise PluginError(
                 f"method {self.name!r} of distribution {self.distribution!r} cannot be imported: "
                 f"{type(error).__name__}: {error}. Reinstall or update that distribution."

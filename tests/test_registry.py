@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_what_is_parsed_equals_what_is_imported(name: str) -> None:
         if field.name in registry.PARTS:
             assert (imported is None) == (field.name not in entry.parts), field.name
         else:
-            assert entry.declared.get(field.name, ()) == imported, field.name
+            assert entry.declared.get(field.name, field.default) == imported, field.name
     assert entry.tasks == method.tasks
     assert entry.default_for == method.default_for
     assert entry.path.stem == name
@@ -152,6 +153,23 @@ def test_a_third_partys_method_is_found_and_loads(install: Install) -> None:
     assert entry.load().title == "Mine"
     assert "_shared" not in registry.catalogue().methods
     assert not registry.catalogue().broken
+
+
+def test_without_its_extra_a_method_says_how_to_install_it(install: Install) -> None:
+    source = "import graphs_of_nobody\n" + GOOD.partition("\n")[2].replace("year=2026", "year=2026, extra='graphs'")
+    install("stranger-methods", "outside", {"mine": source})
+    line = r"'mine' needs graphs_of_nobody, .* pip install 'stranger-methods\[graphs\]'"
+
+    with pytest.raises(PluginError, match=line):
+        registry.get("mine").load()
+
+
+def test_the_extras_of_our_methods_exist() -> None:
+    known = metadata(registry.OWN).get_all("Provides-Extra")
+
+    for entry in registry.catalogue().methods.values():
+        if entry.distribution == registry.OWN:
+            assert entry.declared.get("extra") in (None, *known), entry.name
 
 
 BROKEN = {
