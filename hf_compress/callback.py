@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from .checks import check_trainer
+from .data import set_epoch
 from .errors import ConfigurationError, UnknownNameError
 from .objective import Objective
 from .run import DistillConfig, Run
@@ -67,6 +68,7 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     def attach(self, trainer: Trainer) -> None:
         """Attaches to the trainer's model; idempotent. Needed by hand only after `trainer.add_callback`."""
         check_trainer(trainer, self)
+        set_epoch(trainer.train_dataset, 0)  # a dry forward may read a row before any epoch begins
         same = self._trainer is not None and self._trainer() is trainer
         self._trainer = weakref.ref(trainer)
         if same and self._run is not None and self._run.student is trainer.model:
@@ -140,6 +142,9 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
                 "model_init to the Trainer, and call callback.attach(trainer) after replacing trainer.model."
             )
         self.run.begin(state, kwargs.get("optimizer"))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        set_epoch(self.run.trainer.train_dataset, state.epoch)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.check_used()

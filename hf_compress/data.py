@@ -208,9 +208,10 @@ class Augmented(Dataset[Any]):
     Trainer(model, args, train_dataset=data, callbacks=[data.callback()])
     ```
 
-    The epoch comes from that callback alone. There is no `set_epoch`, which accelerate would call: it leaves it out
-    with a random sampler when a run is resumed in mid-epoch or has several processes, and calls it with epoch 0 when
-    the same object is evaluated in mid-epoch. The epoch lies in shared memory, so it reaches persistent workers.
+    The epoch comes from that callback, or from a `DistillCallback` of the Trainer, alone. There is no `set_epoch`,
+    which accelerate would call: it leaves it out with a random sampler when a run is resumed in mid-epoch or has
+    several processes, and calls it with epoch 0 when the same object is evaluated in mid-epoch. The epoch lies in
+    shared memory, so it reaches persistent workers.
 
     Args:
         dataset: the rows; no `Mixture`, whose domains are augmented instead.
@@ -241,8 +242,8 @@ class Augmented(Dataset[Any]):
         found = int(self._epoch)
         if found < 0:
             raise ConfigurationError(
-                "Augmented: the epoch is not known. Pass Trainer(callbacks=[data.callback()]), or set data.epoch "
-                "before each pass of a loop of your own."
+                "Augmented: the epoch is not known. Pass Trainer(callbacks=[data.callback()]) where no DistillCallback "
+                "is, or set data.epoch before each pass of a loop of your own."
             )
         return found
 
@@ -263,7 +264,7 @@ class Augmented(Dataset[Any]):
 
     def callback(self) -> TrainerCallback:
         """What tells the data which epoch a Trainer reads; one that is resumed in mid-epoch too."""
-        self.epoch = 0
+        set_epoch(self, 0)
         return _Epochs(self)
 
 
@@ -272,4 +273,15 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         self.data = data
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.data.epoch = int(state.epoch)  # whole when an epoch begins, a fraction above it after a resume
+        set_epoch(self.data, state.epoch)
+
+
+def set_epoch(data: Any, epoch: float) -> None:
+    """Tells an `Augmented` that an epoch begins; other data sets are left alone.
+
+    Args:
+        data: any data set.
+        epoch: whole when an epoch begins, a fraction above it after a resume.
+    """
+    if isinstance(data, Augmented):
+        data.epoch = int(epoch)

@@ -378,3 +378,29 @@ def test_without_the_callback_nothing_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="the epoch is not known"):
         trainer.train()
     assert not read
+
+
+class Built(toys.Toy):
+    """Asks for a dry forward."""
+
+    def build(self, student: Any, teacher: Any) -> None:
+        self.shapes = student
+
+
+def test_a_distill_callback_tells_the_epoch_too(tmp_path: Path) -> None:
+    """Resumed in mid-epoch as well; its dry forward reads a row before any epoch begins."""
+    settings: dict[str, Any] = {"train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 6}
+
+    def run(folder: Path, *callbacks: TrainerCallback) -> tuple[Trainer, list[Tensor], Augmented]:
+        data = augmented()
+        ours = DistillCallback(testing.models("text-generation")[1], Built())
+        return *plain_trainer(folder, data, ours, *callbacks, **settings), data
+
+    whole, read, data = run(tmp_path / "whole")
+    whole.train()
+    assert same([ids for ids in read if ids.shape[0] == 2], batches(data, 3))
+    run(tmp_path / "parts", _Stop(6))[0].train()
+    resumed, rest, _ = run(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert same(rest, read[6:])
+    assert testing.weights_hash(resumed.model) == testing.weights_hash(whole.model)
