@@ -11,6 +11,7 @@ on from its last checkpoint. Optimizer and schedule start anew with each stage.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from . import facts, registry
 from .callback import DistillCallback
+from .data import Augmented
 from .errors import ConfigurationError, UnknownNameError
 from .fitting import train_into, unfinished
 from .objective import Objective
@@ -50,6 +52,9 @@ class Stage(BaseModel):
     data: str = Field(description="key of the data sets")
     methods: tuple[str | Mapping[str, Any] | Objective, ...] = Field(
         description="names, or {name: …, weight: …} with settings; empty: the task's own loss alone"
+    )
+    preparation: str | Mapping[str, Any] | None = Field(
+        default=None, description="name, or {name: …} with settings, of the method that makes the data set, or collator"
     )
     frozen: Mapping[str, str] = Field(default={}, description="role of a further frozen model to key of the models")
     labels: bool = Field(default=True, description="False: the stage does not see the labels")
@@ -87,6 +92,9 @@ class Surroundings:
     """Of TrainingArguments; a stage's own come on top."""
     data_collator: Callable[..., Any] | None = None
     processing_class: Any = None
+    preparing: Mapping[str, Any] = field(default_factory=dict)
+    """What preparations are given besides, by the names of their parameters: tokenizers, models, held-out rows;
+    `processing_class` is their `tokenizer`, `seed` their `seed`."""
     callbacks: Sequence[TrainerCallback] = ()
     progress: bool = True
     seed: int = 0
@@ -136,6 +144,7 @@ def _check_keys(stages: Sequence[Stage], surroundings: Surroundings) -> None:
                 raise UnknownNameError(f"model of stage {stage.name}", key, sorted(known))
         if stage.data not in surroundings.data:
             raise UnknownNameError(f"data of stage {stage.name}", stage.data, sorted(surroundings.data))
+        _preparation(stage)
         known |= {stage.keep_as} if stage.keep_as else set()
 
 
@@ -152,13 +161,15 @@ def _run(
     settings: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1, "report_to": [], "disable_tqdm": True}
     settings |= {"seed": around.seed} | dict(around.arguments) | dict(stage.arguments)
     callback = _distilling(stage, around)
+    rows, collator = _prepared(stage, around)
+    own = [rows.callback()] if isinstance(rows, Augmented) else []
     trainer = Trainer(
         model=student,
         args=TrainingArguments(str(unfinished(target)), **settings),
-        train_dataset=around.data[stage.data],
-        data_collator=around.data_collator,
+        train_dataset=rows,
+        data_collator=collator,
         processing_class=around.processing_class,
-        callbacks=[*([callback] if callback else []), *around.callbacks],
+        callbacks=[*([callback] if callback else []), *own, *around.callbacks],
     )
     if not stage.labels:
         trainer.data_collator = _without_labels(trainer.data_collator)
@@ -169,6 +180,38 @@ def _run(
         save_file({name: parameter.detach().contiguous() for name, parameter in learned.items()}, target / LEARNED)
     student.requires_grad_(True)
     return student
+
+
+def _preparation(stage: Stage) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """What makes the stage's data, and the settings that the recipe gives it.
+
+    Raises:
+        UnknownNameError: for a method or a setting that does not exist.
+        ConfigurationError: for a method that prepares nothing.
+    """
+    if stage.preparation is None:
+        return None
+    given = {"name": stage.preparation} if isinstance(stage.preparation, str) else dict(stage.preparation)
+    name = given.pop("name")
+    prepare = registry.get(name).load().preparation
+    if prepare is None:
+        raise ConfigurationError(f"stage {stage.name}: method {name!r} prepares no data.")
+    known = inspect.signature(prepare).parameters
+    for key in given.keys() - known.keys():
+        raise UnknownNameError(f"setting of {name}'s preparation", key, known)
+    return prepare, given
+
+
+def _prepared(stage: Stage, around: Surroundings) -> tuple[Any, Callable[..., Any] | None]:
+    """The stage's rows and collator, one of them made by a method's preparation where the stage names one."""
+    rows = around.data[stage.data]
+    if (found := _preparation(stage)) is None:
+        return rows, around.data_collator
+    prepare, given = found
+    usual = {"tokenizer": around.processing_class, "seed": around.seed} | dict(around.preparing)
+    known = inspect.signature(prepare).parameters
+    made = prepare(rows, **{key: value for key, value in usual.items() if key in known} | given)
+    return (made, around.data_collator) if hasattr(made, "__getitem__") else (rows, made)
 
 
 def _carry(learned: Mapping[str, Tensor], distiller: nn.Module) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ import toys
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_compress import testing
+from hf_compress import registry, testing
+from hf_compress.data import Augmented
 from hf_compress.errors import ConfigurationError, ForeignFileError, UnknownNameError
 from hf_compress.objective import Rows, Step
 from hf_compress.stages import Surroundings, freeze, run_stages, stages_of
@@ -126,6 +129,77 @@ def test_a_stage_without_methods_trains_on_the_labels(tmp_path: Path) -> None:
     student = run(tmp_path, stage(methods=(), teacher=None))
     assert testing.weights_hash(student) != testing.weights_hash(testing.models(TASK)[0])
     assert not Seen.notes
+
+
+def shouted(dataset: Any, *, tokenizer: str, seed: int, times: int = 1) -> Augmented:
+    """Rows that say what they were made with; drawn anew in each epoch."""
+    Shouted.given.append((tokenizer, seed, times))
+    return Augmented(dataset, Shouted(), seed)
+
+
+class Shouted:
+    """Notes each draw, and leaves the row."""
+
+    given: list[tuple[str, int, int]]
+    draws: list[int]
+
+    def __call__(self, row: Any, draw: torch.Generator) -> Any:
+        self.draws.append(int(torch.randint(2**40, (), generator=draw)))
+        return row
+
+
+def pairs(dataset: Any) -> Any:
+    """A collator that notes how many rows it was given."""
+
+    def collate(rows: Any) -> dict[str, Tensor]:
+        Shouted.draws.append(len(rows))
+        return testing.collate(rows)
+
+    return collate
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods of these names, found as any other."""
+    Shouted.given, Shouted.draws = [], []
+    methods = {"shouted": shouted, "pairs": pairs, "nothing": None}
+    found = registry.get
+
+    def get(name: str) -> Any:
+        made = SimpleNamespace(preparation=methods.get(name))
+        return SimpleNamespace(load=lambda: made) if name in methods else found(name)
+
+    monkeypatch.setattr(registry, "get", get)
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_stage_s_data_is_what_a_method_prepares(tmp_path: Path) -> None:
+    around_ = replace(around(), processing_class=None, preparing={"tokenizer": "of the student"}, seed=5)
+    stages = (
+        stage(preparation={"name": "shouted", "times": 3}, arguments={"max_steps": 8}),
+        stage(name="two", methods=(), teacher=None, preparation="pairs"),
+    )
+    run(tmp_path, *stages, surroundings=around_)
+    assert Shouted.given == [("of the student", 5, 3)]
+    assert len(set(Shouted.draws[:16])) == 16  # another draw in the second epoch
+    assert Shouted.draws[-4:] == [2] * 4
+
+
+@pytest.mark.usefixtures("prepared")
+@pytest.mark.parametrize(
+    ("preparation", "error", "told"),
+    [
+        ("nothing", ConfigurationError, "method 'nothing' prepares no data"),
+        ("shuted", UnknownNameError, "no method 'shuted'"),
+        ({"name": "shouted", "time": 2}, UnknownNameError, "setting of shouted's preparation 'time'.*'times'"),
+    ],
+)
+def test_a_preparation_that_is_not_there_is_refused_before_training(
+    preparation: Any, error: type[Exception], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=told):
+        run(tmp_path, stage(name="zero"), stage(preparation=preparation))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
