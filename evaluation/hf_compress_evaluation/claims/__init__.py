@@ -88,6 +88,7 @@ def measure(
     if changed and found["rows"]:
         problem = f"holds rows of another claim: {', '.join(changed)} changed."
         raise ForeignFileError(output, problem, "Remove the file to measure anew.")
+    output.parent.mkdir(parents=True, exist_ok=True)  # found out before the first row, not after
     done = {(row["variant"], row["seed"]) for row in found["rows"]}
     for seed in seeds:
         for variant in claim.variants:
