@@ -126,9 +126,24 @@ class Term:
 
 
 def terms(
-    distiller: Distiller, needs: Sequence[Needs], signals: Signals, step: Step, local: Counts, window: Counts
+    distiller: Distiller,
+    needs: Sequence[Needs],
+    signals: Signals,
+    step: Step,
+    local: Counts,
+    window: Counts,
+    sums: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[Term]:
     """Every term of every objective for one micro-batch.
+
+    Args:
+        distiller: the objectives.
+        needs: of each.
+        signals: what the models gave.
+        step: where the run is.
+        local: counts of this micro-batch.
+        window: counts of its window.
+        sums: of the values per position, by key and term, where they were taken in chunks; None: they are taken here.
 
     Raises:
         MismatchError: if an objective returns values of another shape than its `mean_over` says.
@@ -140,14 +155,16 @@ def terms(
         assert isinstance(module, Objective)  # Distiller holds nothing else; narrows the type
         bottom = max(denominator(place, need, window), 1.0)
         parts: dict[str, Tensor] = {}
-        if module.overrides("per_position"):
+        if sums is not None:
+            parts |= sums.get(key, {})
+        elif module.overrides("per_position"):
             rows = rows or select_rows(signals)
-            for name, value in _named(module.per_position(rows, step), module.name):
-                _check_shape(module.name, name, value, (len(rows.example),))
+            for name, value in named(module.per_position(rows, step), module.name):
+                check_shape(module.name, name, value, (len(rows.example),))
                 parts[name] = _reduce_positions(value, signals, need)
         if module.overrides("forward"):
-            for name, value in _named(module(signals, step), module.name):
-                _check_shape(module.name, name, value, _expected(need, signals))
+            for name, value in named(module(signals, step), module.name):
+                check_shape(module.name, name, value, _expected(need, signals))
                 summed = value.sum() * (local.examples if need.mean_over == "batch" else 1.0)
                 parts[name] = parts[name] + summed if name in parts else summed
         label = distiller.label(key)
@@ -184,15 +201,21 @@ def select_logits(logits: Tensor, where: Positions) -> Tensor:
         MismatchError: if the logits have another number of rows than the batch asks for.
     """
     rows = logits.flatten(0, -2)
-    if len(rows) != where.rows:
-        raise MismatchError(
-            f"logits of shape {tuple(logits.shape)} have {len(rows)} rows, the batch asks for {where.rows}. "
-            "Pass DistillCallback(..., kind=...) if the model's kind of output was taken wrongly."
-        )
+    check_rows(len(rows), where)
     return rows[where.index]
 
 
-def _named(values: Values, method: str) -> list[tuple[str, Tensor]]:
+def check_rows(count: int, where: Positions) -> None:
+    """Raises `MismatchError` unless logits have the rows that the batch asks for."""
+    if count != where.rows:
+        raise MismatchError(
+            f"the logits have {count} rows, the batch asks for {where.rows}. "
+            "Pass DistillCallback(..., kind=...) if the model's kind of output was taken wrongly."
+        )
+
+
+def named(values: Values, method: str) -> list[tuple[str, Tensor]]:
+    """An objective's values by the name of their term."""
     return list(values.items()) if isinstance(values, Mapping) else [(method, values)]
 
 
@@ -205,18 +228,23 @@ def _expected(needs: Needs, signals: Signals) -> tuple[int, ...]:
     }[needs.mean_over]
 
 
-def _check_shape(method: str, name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+def check_shape(method: str, name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    """Raises `MismatchError` unless a term has the shape that it should have."""
     if tuple(value.shape) != expected:
         raise MismatchError(f"{method}: term {name!r} has shape {tuple(value.shape)}, its needs promise {expected}.")
 
 
 def _reduce_positions(value: Tensor, signals: Signals, needs: Needs) -> Tensor:
     """Sum over positions; for a mean over examples each example's positions are averaged first."""
-    if needs.mean_over in ("positions", "tokens") or not len(value):
-        return value.sum()
-    example = signals.positions.example
-    size = torch.bincount(example, minlength=signals.examples).to(value.dtype)
-    return (value / size[example]).sum()
+    divisor = position_divisor(signals.positions, signals.examples, needs)
+    return value.sum() if divisor is None else (value / divisor.to(value.dtype)).sum()
+
+
+def position_divisor(where: Positions, examples: int, needs: Needs) -> Tensor | None:
+    """(position,) what values are divided by before they are summed: the positions of their example; None: 1."""
+    if needs.mean_over in ("positions", "tokens") or not len(where.example):
+        return None
+    return torch.bincount(where.example, minlength=examples)[where.example]
 
 
 def task_term(loss: Tensor | None, local: Counts, window: Counts) -> Tensor | None:

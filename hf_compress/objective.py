@@ -314,6 +314,12 @@ def positions(kind: Kind, inputs: Mapping[str, Tensor]) -> Positions:
     return Positions(index=index, example=index // scored.shape[-1], labels=flat, rows=scored.numel())
 
 
+def row_count(kind: Kind, inputs: Mapping[str, Tensor]) -> int:
+    """`Positions.rows` of a batch of tokens, without looking into it."""
+    labels = task_labels(kind, inputs)
+    return _decoded(inputs).numel() if labels is None else labels.numel()
+
+
 def _decoded(inputs: Mapping[str, Tensor]) -> Tensor:
     """(batch, time) bool: the real tokens that have logits: the decoder's, where its inputs are given."""
     ids, mask = inputs.get("decoder_input_ids"), inputs.get("decoder_attention_mask")

@@ -67,6 +67,13 @@ def hidden_state(output: Any, name: str, index: int) -> Tensor:
     return state
 
 
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What an encoder-decoder's decoder reads: the labels shifted right, as the model itself does it."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or model._shift_right
+    found: Tensor = shift(labels)
+    return found
+
+
 def loss_of(output: Any, inputs: Inputs) -> Tensor | None:
     """The model's own loss in an output of any form; None where it computed none."""
     if isinstance(output, Mapping):

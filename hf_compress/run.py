@@ -19,6 +19,7 @@ from transformers import Trainer
 from . import distiller as d
 from . import objective as o
 from .checks import check_apart, check_head, check_ids, check_labels, check_pair, check_tokenizers
+from .chunked import Apart, Chunking, rows_of
 from .data import Mixture, check_mixture
 from .distiller import PREFIX, Counts, Distiller
 from .errors import (
@@ -29,6 +30,7 @@ from .errors import (
     UnknownNameError,
     UnusedLossError,
 )
+from .heads import Logits, Memory
 from .networks import Networks
 from .objective import Inputs, Kind, Objective, Signals, Step
 from .outputs import loss_of, with_loss, without_states
@@ -56,6 +58,11 @@ class DistillConfig:
     """Weight of the task's own loss; None: the method's published one, else 1. Without labels it has no effect."""
     kind: Kind | None = None
     """Where the student's distributions stand; None: told by the class of the model."""
+    memory: Memory = "auto"
+    """Logits of language models: "chunked", a few positions at a time, never as a whole; "dense"; "auto": in chunks
+    from 64 MiB a batch, where it is proven to give the same."""
+    chunk: int = 64
+    """Positions of a chunk."""
     data: str | None = None
     """Name of the training data for the record, e.g. its hub id."""
     frozen: Mapping[str, nn.Module | str | Path | Teacher] = field(default_factory=dict)
@@ -64,6 +71,11 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in get_args(Kind):
             raise ConfigurationError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
+        if self.memory not in get_args(Memory) or self.chunk < 1:
+            raise ConfigurationError(
+                f"memory must be one of {', '.join(get_args(Memory))} and chunk at least 1, got {self.memory!r} and "
+                f"{self.chunk}."
+            )
 
 
 class Run:
@@ -129,6 +141,7 @@ class Run:
         self._built = False
         self._loaded: list[str] | None = None
         self.reports = Reports(self)
+        self.chunking = Chunking(self)
         self._reset()
         self.distiller.register_load_state_dict_post_hook(self._note_loaded)  # type: ignore[no-untyped-call]  # torch
         logger.info("hf_compress: %s with %s", self.task, ", ".join(objective.name for objective in objectives))
@@ -282,6 +295,7 @@ class Run:
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
+        self.chunking.remove()
         for other in (self.teacher, *self.frozen.values()):
             if other is not None:
                 other.close()
@@ -454,6 +468,9 @@ class Run:
         self._tuple = returns_tuple(self.student, seen)
         if self._tuple:
             seen["return_dict"] = True
+        self.chunking.on = training and self.chunking.wanted(self._inputs)
+        if self.chunking.on:
+            seen = self.chunking.begin(seen)
         self._taps.start()
         return (), seen
 
@@ -474,15 +491,17 @@ class Run:
         inputs, self._inputs = self._inputs, None
         if self._taps is not None:
             self._taps.stop()
+        self.chunking.stop()
         if inputs is None or output is None or self._taps is None:  # not watched, or the forward raised
             return output
-        signals = self._signals(inputs, output)
+        signals, apart = self._signals(inputs, output)
         clean = without_states(output) if self._own_states else output
         if self.trainer.compute_loss_func is not None and "labels" not in inputs:
             self.pending = (inputs, signals)
         elif self.is_training():
             own = None if isinstance(output, Tensor) else loss_of(output, inputs)
-            clean = with_loss(clean, self._total(inputs, signals, own))
+            own = self.chunking.auxiliary(output) if apart is not None else own
+            clean = with_loss(clean, self._total(inputs, signals, own, apart=apart))
         else:
             self.reports.measure(signals, inputs)
         return clean.to_tuple() if self._tuple else clean
@@ -503,9 +522,13 @@ class Run:
         own = compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(max(window.labels, 1.0)))
         return self._total(inputs, signals, own, normalised=True)
 
-    def _signals(self, inputs: Inputs, output: Any) -> Signals:
+    def _signals(self, inputs: Inputs, output: Any) -> tuple[Signals, Apart | None]:
+        """What the models gave, and apart from it the logits that are taken in chunks."""
         assert self._taps is not None  # checked by the hook
         student = self._taps.read(output)
+        chunked = self.chunking.on
+        if chunked:
+            student.pop("logits", None)
         if self.is_training():
             for name, tensor in student.items():
                 if not tensor.requires_grad:
@@ -514,31 +537,52 @@ class Run:
                         "set gradient_checkpointing_kwargs={'use_reentrant': False}; else check what is frozen."
                     )
         seen: Mapping[str, Tensor] = {}
+        lazily: Logits | None = None
         if self.teacher is not None and any(need.teacher for need in self.needs):
             given = inputs
             for objective in self.distiller.objectives:
                 assert self.step is not None  # made by the pre-hook
                 if objective.overrides("teacher_batch"):
                     given = objective.teacher_batch(given, self.step)
-            seen = self.teacher(given)
-        return Signals(
+            seen, lazily = rows_of(self.teacher, given) if chunked else (self.teacher(given), None)
+        others = {
+            role: rows_of(other, inputs) if chunked else (other(inputs), None) for role, other in self.frozen.items()
+        }
+        signals = Signals(
             student=student,
             teacher=seen,
-            frozen={role: other(inputs) for role, other in self.frozen.items()},
+            frozen={role: taps for role, (taps, _) in others.items()},
             inputs=inputs,
             positions=o.positions(self.kind, inputs),
             tokens=o.tokens(inputs),
             examples=o.batch_size(inputs),
         )
+        if not chunked:
+            return signals, None
+        frozen = {role: logits for role, (_, logits) in others.items() if logits is not None}
+        return signals, Apart(student=self.chunking.logits(), teacher=lazily, frozen=frozen)
 
-    def _total(self, inputs: Inputs, signals: Signals, own: Tensor | None, normalised: bool = False) -> Tensor:
+    def _total(
+        self,
+        inputs: Inputs,
+        signals: Signals,
+        own: Tensor | None,
+        *,
+        normalised: bool = False,
+        apart: Apart | None = None,
+    ) -> Tensor:
         """This micro-batch's part of the loss, and its place in the logs."""
         assert self.step is not None  # made by the pre-hook
         local = d.count(self.kind, [inputs], self.distiller.objectives)
         window = self.window or local
-        found = d.terms(self.distiller, self.needs, signals, self.step, local, window)
-        task = own if normalised else d.task_term(own, local, window)
         total: Tensor = torch.zeros((), device=signals.positions.index.device)
+        sums = None
+        if apart is not None:
+            parts = self.chunking.loss(apart, signals, window)
+            total = total + (parts.loss - parts.loss.detach())  # its gradient; its value comes with the terms
+            sums, own = parts.sums, self.chunking.task_loss(parts, own, local)
+        found = d.terms(self.distiller, self.needs, signals, self.step, local, window, sums)
+        task = own if normalised else d.task_term(own, local, window)
         if task is not None and self.task_weight:
             if not torch.isfinite(task):
                 raise NumericalError(

@@ -440,6 +440,31 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
             )
 
 
+def check_logits_in_chunks_give_the_same_gradient(case: Case, folder: Path) -> None:
+    """Logits three positions at a time: gradients and logs are those of whole logits (float64, two micro-batches)."""
+    method = case.objective()
+    needs = method.needs(*(o.sizes(model) for model in _pair(case)))
+    whole = method.overrides("forward") and "logits" in needs.student
+    if case.task not in ("fill-mask", "text-generation") or whole or not method.overrides("per_position"):
+        return
+    found = []
+    for memory in ("dense", "chunked"):
+        keeper = _Keeper()
+        config = DistillConfig(frozen=frozen(case, method, torch.float64), memory=memory, chunk=3)
+        settings: dict[str, Any] = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+        made, _ = trainer(case, folder, config=config, dtype=torch.float64, callbacks=(keeper,), **settings)
+        made.train()
+        log = next(entry for entry in made.state.log_history if "distill_loss" in entry)
+        found.append((keeper.gradients[0], {name: log[name] for name in log if "loss" in name or "distill" in name}))
+    (whole_gradients, whole_log), (gradients, log) = found
+    assert gradients.keys() == whole_gradients.keys()
+    for name, gradient in gradients.items():  # a causal model's own loss is taken in float32 whatever its type
+        torch.testing.assert_close(gradient, whole_gradients[name], rtol=1e-5, atol=1e-6, msg=f"{name} differs")
+    assert log.keys() == whole_log.keys(), f"logs {sorted(log)}, whole logits {sorted(whole_log)}"
+    for name, logged in log.items():
+        assert abs(logged - whole_log[name]) < 1e-5 * max(1.0, abs(logged)), f"{name}: {logged}, {whole_log[name]}"
+
+
 def check_nan_outside_what_is_scored_changes_nothing(case: Case, folder: Path) -> None:
     """NaN in logits that are not scored and in states of padding: same value, same gradients, none of them NaN."""
     clean = signals(case)
@@ -621,6 +646,7 @@ def check_parts(name: str) -> None:
 CHECKS: tuple[Callable[[Case, Path], None], ...] = (
     check_a_step_changes_the_student_alone,
     check_accumulation_gives_the_same_gradient,
+    check_logits_in_chunks_give_the_same_gradient,
     check_nan_outside_what_is_scored_changes_nothing,
     check_padding_changes_nothing,
     check_extreme_half_precision_stays_finite,

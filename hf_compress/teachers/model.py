@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,12 @@ from torch import Tensor, nn
 
 from hf_compress import facts
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
+from hf_compress.heads import Dense, Head, Lazy, Logits, UnprovenError, prove
 from hf_compress.objective import Inputs, Kind, sizes
+from hf_compress.outputs import decoder_inputs
 from hf_compress.taps import Reached, Taps, unwrap, watching
+
+logger = logging.getLogger(__name__)
 
 NEVER = frozenset({"labels", "num_items_in_batch", "start_positions", "end_positions", "fused_lm_head"})
 """Inputs that would make the teacher compute a loss of its own."""
@@ -36,6 +41,8 @@ class ModelTeacher:
         self._taps: Taps | None = None
         self._frozen: list[nn.Parameter] = []
         self._modes: list[nn.Module] = []
+        self._head: Head | None = None
+        self._tried = False
         parameters = inspect.signature(model.forward).parameters
         self._accepted = None if _takes_any(parameters) and not parameters.keys() & {"input_ids"} else set(parameters)
 
@@ -63,6 +70,31 @@ class ModelTeacher:
             output = self.run(**given)
         return {name: tensor.detach() for name, tensor in self._taps.read(output).items()}
 
+    def apart(self, inputs: Inputs) -> tuple[Mapping[str, Tensor], Logits | None]:
+        """The taps but the logits, and the logits by rows: computed when they are asked for, where that is proven."""
+        if self._taps is None or "logits" not in self._taps.names:
+            return self(inputs), None
+        if self._head is None and not self._tried:
+            self._tried = True
+            self._prove(inputs)
+        if self._head is None:
+            taps = dict(self(inputs))
+            return taps, Dense(taps.pop("logits"))
+        self._head.skip()
+        try:
+            taps = dict(self(inputs))
+        finally:
+            self._head.stop()
+        del taps["logits"]
+        return taps, Lazy(self._head.take(), self._head)
+
+    def _prove(self, inputs: Inputs) -> None:
+        two = {k: v[:2, :8] for k, v in self._prepared(inputs).items() if isinstance(v, Tensor) and v.dim() == 2}
+        try:
+            self._head = prove(self.model, self.sizes.kind, two, task=False).head
+        except UnprovenError as error:
+            logger.warning("hf_compress: the teacher's logits are kept whole: %s", error)
+
     def run(self, *, grad: bool = False, **inputs: Any) -> Any:
         given = self._prepared(inputs)
         if self.model.training:  # switched back by the user, or by another run that has ended
@@ -82,9 +114,7 @@ class ModelTeacher:
         if getattr(self.sizes.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
             if labels is None:
                 raise MismatchError("an encoder-decoder teacher needs labels or decoder_input_ids in the batch.")
-            model = unwrap(self.model)
-            shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or model._shift_right
-            given["decoder_input_ids"] = shift(labels)
+            given["decoder_input_ids"] = decoder_inputs(unwrap(self.model), labels)
         if self._accepted is not None and "use_cache" in self._accepted:
             given["use_cache"] = False
         dtype = getattr(self.model, "dtype", None)
@@ -109,6 +139,9 @@ class ModelTeacher:
             return
         self._taps.remove()
         self._taps = None
+        if self._head is not None:
+            self._head.remove()
+        self._head, self._tried = None, False
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         for module in self._modes:
