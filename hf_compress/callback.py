@@ -144,7 +144,7 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.run.begin(state, kwargs.get("optimizer"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_epoch(self.run.trainer.train_dataset, state.epoch)
+        self.run.begin_epoch(state.epoch)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.check_used()

@@ -151,8 +151,8 @@ def loss_on_logits(
         labels = None if where.labels is None else where.labels[place]
         rows = Rows(
             student_logits=logits,
-            teacher_logits=None if teacher is None else teacher.rows(index),
-            frozen={role: other.rows(index) for role, other in frozen.items()},
+            teacher_logits=None if teacher is None else teacher.rows(index, logits),
+            frozen={role: other.rows(index, logits) for role, other in frozen.items()},
             labels=labels,
             example=where.example[place],
         )

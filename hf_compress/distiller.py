@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from . import objective as o
 from .errors import ConfigurationError, MismatchError, NumericalError
 from .objective import Inputs, Kind, Needs, Objective, Positions, Rows, Signals, Step, Values
+
+if TYPE_CHECKING:
+    from .heads import Logits
 
 PREFIX = "distiller."
 """Of the state that a mid-run checkpoint carries beside the student's own weights."""
@@ -203,6 +207,14 @@ def select_logits(logits: Tensor, where: Positions) -> Tensor:
     rows = logits.flatten(0, -2)
     check_rows(len(rows), where)
     return rows[where.index]
+
+
+def whole_logits(rows: Logits, beside: Tensor, where: Positions) -> Tensor:
+    """Logits in the shape of the student's, 0 where nothing is scored, of a teacher that gives rows beside them."""
+    found = torch.zeros_like(beside, dtype=torch.promote_types(beside.dtype, torch.float32)).flatten(0, -2)
+    check_rows(rows.count, where)
+    found[where.index] = rows.rows(where.index, select_logits(beside, where)).to(found.dtype)
+    return found.view_as(beside)
 
 
 def check_rows(count: int, where: Positions) -> None:

@@ -40,8 +40,8 @@ class Logits(Protocol):
     count: int
     """Rows that there are, (batch, time) flattened."""
 
-    def rows(self, index: Tensor) -> Tensor:
-        """(position, vocab) of some rows."""
+    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
+        """(position, vocab) of some rows; `beside` are the student's, for a teacher that is known in part."""
 
 
 class Dense:
@@ -51,7 +51,7 @@ class Dense:
         self._logits = logits.flatten(0, -2)
         self.count = len(self._logits)
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
         return self._logits[index]
 
 
@@ -75,7 +75,7 @@ class Lazy:
         with self._context():
             return self.head(states)
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
         return self.of(self.states[index])
 
 
@@ -285,7 +285,8 @@ def _own_loss(
     if own is None:
         return False, 0.0
     assert where.labels is not None  # just given
-    expected = F.cross_entropy(Lazy(head.take(), head, context).rows(where.index).float(), where.labels)
+    lazy = Lazy(head.take(), head, context)
+    expected = F.cross_entropy(lazy.of(lazy.states[where.index]).float(), where.labels)
     extra = output.get("aux_loss")
     totals = {0.0: expected} if extra is None else {0.0: expected, coefficient: expected + coefficient * extra}
     errors = {auxiliary: float((total - own).abs() / own.abs()) for auxiliary, total in totals.items()}

@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +20,7 @@ from . import distiller as d
 from . import objective as o
 from .checks import check_apart, check_head, check_ids, check_labels, check_pair, check_tokenizers
 from .chunked import Apart, Chunking, rows_of
-from .data import Mixture, check_mixture
+from .data import Mixture, check_mixture, set_epoch
 from .distiller import PREFIX, Counts, Distiller
 from .errors import (
     ConfigurationError,
@@ -40,7 +40,7 @@ from .resolving import agreed, dry_inputs, resolve_methods, until
 from .resume import SIDE_FILE, read_checkpoint, reload_renamed, resumed_folder
 from .stepping import make_step
 from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
-from .teachers import Teacher, teacher_for
+from .teachers import Recorded, Teacher, teacher_for
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,13 @@ class Run:
             check_tokenizers(trainer.processing_class, self.sizes, self.teacher.sizes)
         self.distiller = Distiller(objectives)
         self.networks = Networks({})
-        self.columns = frozenset().union(*(need.columns for need in self.needs))
+        self._recorded = self.teacher if isinstance(self.teacher, Recorded) else None
+        columns: frozenset[str] = self._recorded.columns if self._recorded is not None else frozenset()
+        self.columns = columns.union(*(need.columns for need in self.needs))
+        if self._recorded is not None and any(objective.overrides("batch") for objective in objectives):
+            raise ConfigurationError(
+                "a method of this run changes the batch, and a cache knows the rows of the data alone. Give the model."
+            )
         self._taps: Taps | None = None
         self._handles: list[Any] = []
         self._restore: list[Callable[[], None]] = []
@@ -413,6 +419,12 @@ class Run:
 
         return get_batch_samples
 
+    def begin_epoch(self, epoch: float) -> None:
+        """Tells rows that are drawn anew in each epoch, and a teacher that is run in the first alone."""
+        set_epoch(self.trainer.train_dataset, epoch)
+        if self._recorded is not None:
+            self._recorded.epoch_began(int(epoch))
+
     def begin_window(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Counts the accumulation window over all processes, before its first forward."""
         self._label_column = any("labels" in batch for batch in batches)
@@ -421,6 +433,8 @@ class Run:
             check_labels(self.kind, self.sizes.vocab, inputs, distributions=self._distributions)
             if self.teacher is not None and self._shared_ids:
                 check_ids(self.teacher.sizes, inputs)
+        if self._recorded is not None:
+            self._recorded.prefetch(tensors)
         counts = d.count(self.kind, tensors, self.distiller.objectives)
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
@@ -443,6 +457,10 @@ class Run:
         measuring = self.reports.evaluating is not None and not training and not cached and self.teacher is not None
         seen = {name: value for name, value in inputs.items() if name not in self.columns}
         self.reports.measure_pending()
+        if measuring and self._recorded is not None:  # of other rows nothing is known
+            measuring = self._recorded.holds(
+                {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+            )
         if not training and not measuring:
             return (), seen
         if missing := self.columns - inputs.keys():
@@ -544,7 +562,8 @@ class Run:
                 assert self.step is not None  # made by the pre-hook
                 if objective.overrides("teacher_batch"):
                     given = objective.teacher_batch(given, self.step)
-            seen, lazily = rows_of(self.teacher, given) if chunked else (self.teacher(given), None)
+            late = chunked or self._recorded is not None
+            seen, lazily = rows_of(self.teacher, given) if late else (self.teacher(given), None)
         others = {
             role: rows_of(other, inputs) if chunked else (other(inputs), None) for role, other in self.frozen.items()
         }
@@ -558,6 +577,9 @@ class Run:
             examples=o.batch_size(inputs),
         )
         if not chunked:
+            if lazily is not None:
+                whole = d.whole_logits(lazily, student["logits"], signals.positions)
+                signals = replace(signals, teacher={**seen, "logits": whole})
             return signals, None
         frozen = {role: logits for role, (_, logits) in others.items() if logits is not None}
         return signals, Apart(student=self.chunking.logits(), teacher=lazily, frozen=frozen)

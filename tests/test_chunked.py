@@ -448,7 +448,7 @@ def test_a_head_is_found_and_given_back() -> None:
     lazy = Lazy(head.take(), head)
     head.stop()
     assert lazy.count == 6
-    torch.testing.assert_close(lazy.rows(torch.tensor([4, 1])), whole.flatten(0, 1)[[4, 1]])
+    torch.testing.assert_close(lazy.rows(torch.tensor([4, 1]), whole), whole.flatten(0, 1)[[4, 1]])
     head.remove()
     torch.testing.assert_close(made(input_ids=ids).logits, whole)
     with pytest.raises(UnprovenError, match="has no output embedding"):

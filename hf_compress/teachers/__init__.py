@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from hf_compress import facts
 from hf_compress.errors import ConfigurationError
 from hf_compress.objective import Inputs, Kind, Sizes
+
+if TYPE_CHECKING:
+    from hf_compress.heads import Logits
 
 
 class Teacher(Protocol):
@@ -33,6 +36,26 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Gives back what was taken: hooks, modes, requires_grad."""
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A teacher whose outputs were taken before, for the rows of the data and no others."""
+
+    columns: frozenset[str]
+    """Of the batch, that it reads and the student never sees."""
+
+    def apart(self, inputs: Inputs) -> tuple[Mapping[str, Tensor], Logits | None]:
+        """The taps for one batch, and its logits by rows, beside the student's."""
+
+    def holds(self, inputs: Inputs) -> bool:
+        """Whether every example of a batch is known."""
+
+    def prefetch(self, batches: Sequence[Inputs]) -> None:
+        """Told of the batches of a window before its first forward."""
+
+    def epoch_began(self, epoch: int) -> None:
+        """Told of each epoch, from 0, on all ranks."""
 
 
 def teacher_for(source: nn.Module | str | Path | Teacher, student: nn.Module, kind: Kind | None = None) -> Teacher:

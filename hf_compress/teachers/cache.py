@@ -1,0 +1,437 @@
+"""A teacher whose outputs lie on disk: run once for each example, read from memory-mapped files afterwards.
+
+A folder holds `cache.json`, what all of it was made with, and shards: `N.safetensors` with the rows of many examples,
+and `N.json`, written after it, with its checksum and the place of each example. Any number of processes and machines
+may fill one folder; what one has finished the others read. An example is known by what the teacher reads of it, padding
+left out, or by a column of the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_compress import facts, files
+from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
+from hf_compress.heads import Logits
+from hf_compress.objective import IGNORED, Inputs, Kind, Sizes, batch_size, tokens
+from hf_compress.teachers.model import ModelTeacher
+from hf_compress.teachers.sparse import Sparse, Stored
+
+logger = logging.getLogger(__name__)
+
+HEADER = "cache.json"
+READ = ("input_ids", "token_type_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+"""Columns that tell one example from another."""
+SHARD = 64 << 20
+"""Bytes after which a shard is written."""
+DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+Stage = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where an example's rows are."""
+
+    shard: str
+    number: int
+    """Of the example in its shard: its row of what is one for an example."""
+    start: int
+    stop: int
+    """Its rows of what is one for a position."""
+
+
+class CacheTeacher:
+    """A teacher that is read from a folder, and run for what is not there yet in the first epoch.
+
+    ```python
+    DistillCallback(CacheTeacher("cache", big_model, top_k=64))
+    ```
+
+    Args:
+        folder: of the cache; made if need be.
+        teacher: the model; None: the folder must hold every example.
+        top_k: likeliest tokens kept of each position's logits, as log-probabilities normalised over the whole
+            vocabulary; the rest is one sum (see `sparse.completed`). None: all logits.
+        key: integer column of the batch that names the example; None: by content.
+        dtype: of what is stored; float16 costs a KL divergence about 1e-5 nats.
+
+    Raises:
+        ConfigurationError: for settings other than those that the folder was made with.
+        MismatchError: for an example that is not there after the first epoch, or without a model.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        teacher: nn.Module | None = None,
+        *,
+        top_k: int | None = None,
+        key: str | None = None,
+        dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    ) -> None:
+        if (top_k is not None and top_k < 1) or dtype not in DTYPES:
+            raise ConfigurationError(f"CacheTeacher: top_k must be at least 1, dtype one of {', '.join(DTYPES)}.")
+        self.folder = Path(folder)
+        self.model = teacher
+        self._live = None if teacher is None else ModelTeacher(teacher)
+        self._header: dict[str, Any] = {}
+        if (self.folder / HEADER).is_file():
+            self._header = files.read_json(self.folder / HEADER)
+        elif self._live is None:
+            raise ForeignFileError(
+                self.folder, f"holds no {HEADER}.", "Fill it: hf-compress cache, or CacheTeacher(folder, model)."
+            )
+        self.sizes = self._live.sizes if self._live is not None else _sizes(self._header)
+        wanted = {"top_k": top_k, "key": key, "dtype": dtype}
+        self._settings: dict[str, Any] = (
+            {name: self._header.get(name) for name in wanted} if self._live is None else wanted
+        )
+        if self._live is None and (top_k, key, dtype) != (None, None, "float16"):
+            _same(self.folder, self._header, wanted)
+        self.columns = frozenset({key} if self._settings["key"] else ())
+        self._places: dict[str, _Place] = {}
+        self._seen: set[str] = set()
+        self._open: dict[str, Any] = {}
+        self._stage: Stage = {}
+        self._single: set[str] = set()
+        self._staged: dict[str, tuple[int, int, int]] = {}
+        self._size = 0
+        self._epoch = 0
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: dict[tuple[str, ...], Future[list[dict[str, Tensor]]]] = {}
+
+    # ------------------------------------------------------------------ the teacher's side
+
+    def prepare(self, taps: frozenset[str], device: torch.device, until: str | None = None) -> None:
+        if self._reader is not None:
+            return
+        stored = frozenset(self._header.get("taps", taps))
+        if missing := sorted(taps - stored):
+            raise ConfigurationError(
+                f"{self.folder} holds {sorted(stored)}, the methods ask for {missing}: fill another folder."
+            )
+        self._device = device
+        if self._live is not None:
+            self._live.prepare(stored, device, until)
+            self._write_header(stored)
+        self._reader = ThreadPoolExecutor(1, "hf_compress-cache")
+        self._refresh()
+
+    def _write_header(self, taps: frozenset[str]) -> None:
+        """What all of the folder is made with; another teacher or other settings are refused."""
+        assert self._live is not None  # asked for with a model alone
+        sizes = self._live.sizes
+        about = {
+            "version": 1,
+            "teacher": _digest(self._live.model),
+            "taps": sorted(taps),
+            "kind": sizes.kind,
+            "seq2seq": bool(getattr(sizes.config, "is_encoder_decoder", False)),
+            "vocab": sizes.vocab,
+            "layers": sizes.layers,
+            "about": self._live.describe().model_dump(mode="json", exclude_none=True),
+        } | self._settings
+        if self._header:
+            _same(self.folder, self._header, about)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.folder / HEADER, json.dumps(about, indent=1) + "\n")
+        self._header = about
+
+    def epoch_began(self, epoch: int) -> None:
+        """What all processes have made so far is there for each; from the second epoch on nothing is run any more."""
+        self._epoch = epoch
+        self.flush()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        self._refresh()
+
+    def prefetch(self, batches: Sequence[Inputs]) -> None:
+        """Begins to read the examples of batches to come, in another thread."""
+        if self._reader is None:
+            return
+        self._ahead.clear()
+        for inputs in batches:
+            keys = tuple(self._keys(inputs))
+            if all(key in self._places for key in keys):
+                self._ahead[keys] = self._reader.submit(self._read_all, keys)
+
+    def __call__(self, inputs: Inputs) -> Mapping[str, Tensor]:
+        """Of the model, or zeros in the shapes that it would give: for a dry forward; `apart` gives what is stored."""
+        if self._live is not None:
+            return self._live(inputs)
+        rows, time = batch_size(inputs), tokens(inputs).shape[1]
+        found = {}
+        for name, values in self._read(next(iter(self._places))).items():
+            width = (self.sizes.vocab,) if name == "logits" else values.shape[1:]
+            found[name] = torch.zeros(rows, *(() if name in self._single else (time,)), *width, device=self._device)
+        return {name: found[name] for name in self._header["taps"]}
+
+    def apart(self, inputs: Inputs) -> tuple[Mapping[str, Tensor], Logits | None]:
+        """The stored taps for one batch, padded like it, and the logits by rows."""
+        keys = self._keys(inputs)
+        if missing := [row for row, key in enumerate(keys) if key not in self._places and key not in self._staged]:
+            self._fill(inputs, keys, missing)
+        ahead = self._ahead.pop(tuple(keys), None)
+        found = self._read_all(keys) if ahead is None else ahead.result()
+        taps, logits = dict[str, Tensor](), None
+        for name in self._header["taps"]:
+            if name != "logits":
+                taps[name] = self._padded(name, inputs, [one[name] for one in found])
+            else:
+                logits = self._logits(inputs, found)
+        return taps, logits
+
+    def run(self, *, grad: bool = False, **inputs: Any) -> Any:
+        if self._live is None:
+            raise ConfigurationError("a cache without its model cannot be run: CacheTeacher(folder, model).")
+        return self._live.run(grad=grad, **inputs)
+
+    def describe(self) -> facts.Model:
+        return facts.Model.model_validate(self._header["about"])
+
+    def close(self) -> None:
+        self.flush()
+        if self._reader is not None:
+            self._reader.shutdown()
+            self._reader = None
+        self._open.clear()
+        self._ahead.clear()
+        if self._live is not None:
+            self._live.close()
+
+    # ------------------------------------------------------------------ examples
+
+    def _keys(self, inputs: Inputs) -> list[str]:
+        """A name of each example: its value in the key column, or a hash of what the teacher reads of it."""
+        column = self._settings["key"]
+        if column is not None:
+            if column not in inputs:
+                raise MismatchError(f"{self.folder}: the batch has no column {column!r}; it has {sorted(inputs)}.")
+            return [str(int(value)) for value in inputs[column]]
+        mask, decoded = tokens(inputs), self._decoded(inputs)
+        digests = [hashlib.sha256() for _ in range(batch_size(inputs))]
+        for name in (*READ, *(("labels",) if self._is_seq2seq() else ())):
+            if (values := inputs.get(name)) is None:
+                continue
+            real = decoded if name in ("labels", "decoder_input_ids") else mask
+            values = values.detach().cpu()
+            for row, digest in enumerate(digests):
+                own = values[row][real[row].cpu()] if values.shape[:2] == real.shape else values[row]
+                digest.update(f"{name} {tuple(own.shape)} {own.dtype}".encode())
+                digest.update(own.contiguous().view(torch.uint8).numpy().tobytes())
+        return [digest.hexdigest() for digest in digests]
+
+    def _is_seq2seq(self) -> bool:
+        return bool(self._header.get("seq2seq", getattr(self.sizes.config, "is_encoder_decoder", False)))
+
+    def _decoded(self, inputs: Inputs) -> Tensor:
+        """(batch, time) bool: the places whose logits are stored."""
+        if self._is_seq2seq() and "labels" in inputs:
+            return inputs["labels"] != IGNORED
+        return tokens(inputs)
+
+    def _places_of(self, name: str, inputs: Inputs) -> Tensor | None:
+        """(batch, time) bool: of which places a tap is stored; None for taps without a time axis."""
+        if self.sizes.kind not in ("causal", "tokens") and name == "logits":
+            return None
+        return self._decoded(inputs) if name == "logits" else tokens(inputs)
+
+    # ------------------------------------------------------------------ filling
+
+    def _fill(self, inputs: Inputs, keys: Sequence[str], missing: Sequence[int]) -> None:
+        if self._live is None or self._epoch > 0:
+            why = "there is no model to run" if self._live is None else "only the first epoch fills it"
+            raise MismatchError(
+                f"{self.folder} lacks {len(missing)} of the {len(keys)} examples of this batch, and {why}. Fill it "
+                "with all rows as the Trainer reads them (same tokenizer, cut and augmentation): hf-compress cache, or "
+                "CacheTeacher(folder, model).fill(batches)."
+            )
+        rows = torch.tensor(missing, device=next(iter(inputs.values())).device)
+        part = {name: values[rows] for name, values in inputs.items() if values.dim() and len(values) == len(keys)}
+        found = self._live(part)
+        for place, row in enumerate(missing):
+            if keys[row] not in self._staged:  # twice in one batch
+                kept = [self._kept(name, tap, part, place) for name, tap in found.items()]
+                self._add(keys[row], {name: values for tap in kept for name, values in tap.items()})
+        if self._size >= SHARD:
+            self.flush()
+
+    def _kept(self, name: str, tap: Tensor, inputs: Inputs, row: int) -> dict[str, Tensor]:
+        """What is stored of one example's tap, by name of the tensor: (position, …), or (1, …) without a time axis."""
+        where, dtype = self._places_of(name, inputs), DTYPES[self._settings["dtype"]]
+        if where is None or tap.dim() < 3:
+            self._single.add(name)
+            return {name: tap[row][None].to(dtype).cpu()}
+        if tap.shape[:2] != where.shape:
+            raise ConfigurationError(
+                f"{self.folder}: tap {name!r} of shape {tuple(tap.shape)} cannot be cached, as it does not follow the "
+                f"tokens {tuple(where.shape)}."
+            )
+        own, k = tap[row][where[row]], self._settings["top_k"]
+        if name != "logits" or k is None:
+            return {name: own.to(dtype).cpu()}
+        wide = own.to(torch.promote_types(own.dtype, torch.float32)).log_softmax(-1)
+        known, ids = wide.topk(min(k, wide.shape[-1]), -1)
+        return {"logits.ids": ids.int().cpu(), "logits": known.to(dtype).cpu()}
+
+    def _add(self, key: str, kept: Mapping[str, Tensor]) -> None:
+        timed = {len(values) for name, values in kept.items() if name not in self._single}
+        assert len(timed) <= 1  # all follow the tokens
+        start = max((stop for _, _, stop in self._staged.values()), default=0)
+        for name, values in kept.items():
+            self._stage.setdefault(name, []).append(values)
+            self._size += values.numel() * values.element_size()
+        self._staged[key] = (len(self._staged), start, start + (timed.pop() if timed else 0))
+
+    def flush(self) -> None:
+        """Writes what is in memory as a shard of its own."""
+        if not self._staged:
+            return
+        name = uuid4().hex
+        path = self.folder / f"{name}.safetensors"
+        part = path.with_suffix(".part")
+        save_file({tap: torch.cat(values).contiguous() for tap, values in self._stage.items()}, part)
+        manifest = {
+            "sha256": files.sha256(part),
+            "bytes": part.stat().st_size,
+            "single": sorted(self._single & self._stage.keys()),
+            "examples": {key: list(place) for key, place in self._staged.items()},
+        }
+        part.replace(path)
+        files.write_text(self.folder / f"{name}.json", json.dumps(manifest) + "\n")
+        self._stage, self._staged, self._size = {}, {}, 0
+        self._take(name, manifest)
+
+    def fill(self, batches: Iterable[Inputs]) -> int:
+        """Runs the teacher over batches; what is there already is passed over.
+
+        Args:
+            batches: as the Trainer will make them; only logits are stored unless `prepare` asked for more.
+
+        Returns:
+            how many examples the folder holds.
+        """
+        if self._live is None:
+            raise ConfigurationError("there is no model to fill the cache with: CacheTeacher(folder, model).")
+        if self._reader is None:
+            self.prepare(frozenset({"logits"}), next(self._live.model.parameters()).device)
+        for inputs in batches:
+            given = {name: values for name, values in inputs.items() if isinstance(values, Tensor)}
+            keys = self._keys(given)
+            missing = [row for row, key in enumerate(keys) if key not in self._places and key not in self._staged]
+            if missing:
+                self._fill(given, keys, missing)
+        self.flush()
+        return len(self._places)
+
+    # ------------------------------------------------------------------ reading
+
+    def _refresh(self) -> None:
+        """Takes up the shards that are new in the folder."""
+        for path in sorted(self.folder.glob("*.json")):
+            if path.name != HEADER and path.stem not in self._seen:
+                self._take(path.stem, files.read_json(path))
+
+    def _take(self, name: str, manifest: Mapping[str, Any]) -> None:
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file() or path.stat().st_size != manifest.get("bytes"):
+            raise ForeignFileError(path, "is not what its manifest says.", "Remove both; the examples are made anew.")
+        self._seen.add(name)
+        self._single |= set(manifest["single"])
+        self._places |= {
+            key: _Place(shard=name, number=number, start=start, stop=stop)
+            for key, (number, start, stop) in manifest["examples"].items()
+        }
+
+    def holds(self, inputs: Inputs) -> bool:
+        """Whether every example of a batch is there."""
+        return all(key in self._places or key in self._staged for key in self._keys(inputs))
+
+    def _read_all(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        return [self._read(key) for key in keys]
+
+    def _read(self, key: str) -> dict[str, Tensor]:
+        """(position, …) or (1, …) tensors of one example."""
+        if key in self._staged:
+            number, start, stop = self._staged[key]
+            return {
+                name: values[number] if name in self._single else torch.cat(values)[start:stop]
+                for name, values in self._stage.items()
+            }
+        place = self._places[key]
+        if place.shard not in self._open:
+            self._open[place.shard] = safe_open(self.folder / f"{place.shard}.safetensors", framework="pt")
+        shard = self._open[place.shard]
+        span, single = slice(place.start, place.stop), slice(place.number, place.number + 1)
+        return {name: shard.get_slice(name)[single if name in self._single else span] for name in list(shard.keys())}
+
+    def _padded(self, name: str, inputs: Inputs, found: Sequence[Tensor]) -> Tensor:
+        """A stored tap in the shape of the batch, 0 in padding."""
+        values = torch.cat(list(found)).to(self._device, torch.float32)
+        where = None if name in self._single else self._places_of(name, inputs)
+        if where is None:
+            return values
+        self._check(len(values), where)
+        padded = torch.zeros(*where.shape, *values.shape[1:], device=values.device)
+        padded[where] = values
+        return padded
+
+    def _logits(self, inputs: Inputs, found: Sequence[Mapping[str, Tensor]]) -> Logits:
+        where = self._places_of("logits", inputs)
+        values = torch.cat([one["logits"] for one in found]).to(self._device)
+        if where is None:
+            return Stored(values.float(), torch.arange(len(values), device=values.device))
+        self._check(len(values), where)
+        place = (where.flatten().cumsum(0) - 1).clamp(min=0)
+        if "logits.ids" not in found[0]:
+            return Stored(values.float(), place)
+        ids = torch.cat([one["logits.ids"] for one in found]).to(self._device)
+        return Sparse(ids, values.float(), place)
+
+    def _check(self, stored: int, where: Tensor) -> None:
+        if stored != int(where.sum()):
+            raise MismatchError(
+                f"{self.folder} holds {stored} positions for a batch of {int(where.sum())}: the examples were cut "
+                "otherwise when it was filled. Fill it anew, as the Trainer reads them."
+            )
+
+
+def _same(folder: Path, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses a folder that was made with something else."""
+    for name, value in wanted.items():
+        if name != "about" and header.get(name) != value:
+            raise ConfigurationError(
+                f"{folder} was filled with {name}={header.get(name)!r}, asked for is {value!r}: other targets. "
+                "Choose another folder, or the settings that it was filled with."
+            )
+
+
+def _sizes(header: Mapping[str, Any]) -> Sizes:
+    kind: Kind = header["kind"]
+    return Sizes(kind=kind, layers=header["layers"], width=0, heads=0, vocab=header["vocab"], config=None)
+
+
+def _digest(model: nn.Module) -> str:
+    """sha256 over a model's weights, in order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        if not isinstance(tensor, Tensor):  # what a quantised module packs
+            digest.update(repr(tensor).encode())
+            continue
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
