@@ -237,6 +237,57 @@ def distill(
 
 
 @app.command()
+def cache(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder of the teacher.")],
+    data: Annotated[Path, typer.Option(help="Rows: csv, jsonl or parquet.")],
+    output: Annotated[Path, typer.Option(help="Folder of the cache; what it holds already is kept.")],
+    text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens kept of a text, as in the training.")] = 128,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Likeliest tokens kept of a position; without it all.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a forward.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Run a teacher once over all rows: `DistillCallback(CacheTeacher(output))` reads the folder.
+
+    `accelerate launch --module hf_compress.cli cache …` shares the rows among processes; a killed run goes on.
+    """
+    from accelerate import PartialState
+    from hf_compress_evaluation.examples import read_rows
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+
+    from .fitting import encode, shown
+    from .teachers.cache import CacheTeacher
+    from .teachers.model import load_teacher
+
+    _quiet()
+    state = PartialState()
+    model, tokenizer = load_teacher(teacher).to(state.device), AutoTokenizer.from_pretrained(teacher)
+    rows = read_rows(data)
+    if text not in rows.column_names:
+        from .errors import UnknownNameError
+
+        raise UnknownNameError("column of texts", text, rows.column_names)
+    encoded = encode(tokenizer, rows[text], None, max_length).remove_columns("labels")
+    own = encoded.shard(state.num_processes, state.process_index)
+    collate, starts = DataCollatorWithPadding(tokenizer), range(0, len(own), batch_size)
+    filled = CacheTeacher(output, model, top_k=top_k)
+    with shown("cache", len(starts), bar=sys.stderr.isatty() and state.is_main_process) as step:
+        for start in starts:
+            batch = collate([own[row] for row in range(start, min(start + batch_size, len(own)))])
+            filled.fill([{name: values.to(state.device) for name, values in batch.items()}], flush=False)
+            step()
+    filled.flush()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+        count = sum(len(row) for row in encoded["input_ids"])
+        found = {"examples": len(rows), "bytes": size, "bytes_per_token": round(size / max(count, 1), 1)}
+        print(json.dumps(found, indent=1) if as_json else f"{len(rows):,} examples in {size:,} bytes of {output}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo-output"),
     push: Annotated[str | None, typer.Option(help="Repository or its URL; without it the commit is a folder.")] = None,
@@ -325,3 +376,7 @@ def main() -> None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

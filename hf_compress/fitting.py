@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,15 @@ def train_into(trainer: Trainer, target: Path, *, progress: bool = True) -> None
         for path in part.glob("*.safetensors"):
             path.chmod(mode)
     shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def shown(name: str, total: int, *, bar: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr; gives what to call after each of `total` steps."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not bar) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda: progress.advance(task)
 
 
 def unfinished(target: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typer.main import get_command
 
 from hf_compress import cli, facts, fitting, registry
 
-COMMANDS = ("methods", "export", "evaluate", "card", "push", "compress", "distill", "demo")
+COMMANDS = ("methods", "export", "evaluate", "card", "push", "compress", "distill", "cache", "demo")
 
 
 @dataclass(frozen=True)
@@ -427,3 +428,44 @@ def test_below_the_table_each_subject_has_one_line_and_alone_is_explained(record
         "int8: accuracy -0.004; decides like float32 in 0.991 of the rows, on the rows that decided to keep it"
     ]
     assert len([line for line in lines if line.startswith("latency")]) == 1
+
+
+# ---------------------------------------------------------------------- cache
+
+
+def test_a_cache_is_filled_once_and_says_its_size(command: Callable[..., Said], tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    arguments = ("cache", tmp_path / "big", "--data", tmp_path / "train.csv", "--output", tmp_path / "cache")
+    first = command(*arguments, "--batch-size", 5, "--json")
+    again = command(*arguments, "--json")
+    found = json.loads(first.out)
+    assert found["examples"] == ROWS["train"]
+    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    assert json.loads(again.out) == found
+    assert command(*arguments, "--text", "txet").error.startswith("error: There is no column of texts 'txet'. Did you")
+    assert "other targets" in command(*arguments, "--top-k", 3).error
+    assert "asked for is" in command(*arguments, "--top-k", 3).error
+
+
+def test_two_processes_share_the_rows_of_a_cache(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    arguments = ("cache", tmp_path / "big", "--data", tmp_path / "train.csv", "--output", tmp_path / "cache", "--json")
+    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "hf_compress.cli")
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    shards = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*.json") if path.name != "cache.json"]
+    keys = [set(shard["examples"]) for shard in shards]
+    assert len(keys) == 2
+    distinct = len(set(rows_of(tmp_path / "train.csv")))
+    assert len(keys[0] | keys[1]) == distinct
+    assert min(map(len, keys)) > 0
+
+
+def rows_of(path: Path) -> list[str]:
+    return [line.rpartition(",")[0] for line in path.read_text().splitlines()[1:]]

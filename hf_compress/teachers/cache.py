@@ -316,14 +316,15 @@ class CacheTeacher:
         self._stage, self._staged, self._size = {}, {}, 0
         self._take(name, manifest)
 
-    def fill(self, batches: Iterable[Inputs]) -> int:
+    def fill(self, batches: Iterable[Inputs], *, flush: bool = True) -> int:
         """Runs the teacher over batches; what is there already is passed over.
 
         Args:
             batches: as the Trainer will make them; only logits are stored unless `prepare` asked for more.
+            flush: write what is in memory in the end; otherwise a shard is written when it is large enough.
 
         Returns:
-            how many examples the folder holds.
+            how many examples are known.
         """
         if self._live is None:
             raise ConfigurationError("there is no model to fill the cache with: CacheTeacher(folder, model).")
@@ -335,8 +336,9 @@ class CacheTeacher:
             missing = [row for row, key in enumerate(keys) if key not in self._places and key not in self._staged]
             if missing:
                 self._fill(given, keys, missing)
-        self.flush()
-        return len(self._places)
+        if flush:
+            self.flush()
+        return len(self._places) + len(self._staged)
 
     # ------------------------------------------------------------------ reading
 

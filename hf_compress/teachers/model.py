@@ -152,12 +152,12 @@ def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def load_teacher(source: str, student: nn.Module) -> nn.Module:
+def load_teacher(source: str, student: nn.Module | None = None) -> nn.Module:
     """Loads a teacher with the architecture that its config names.
 
     Args:
         source: hub id or folder; safetensors weights, no code of the repository is run.
-        student: decides the head where the config names no architecture.
+        student: decides the head where the config names no architecture; None: then it is an error.
 
     Raises:
         ForeignFileError: if the folder has no config or no weights, or weights are missing for some parameters: they
@@ -166,7 +166,7 @@ def load_teacher(source: str, student: nn.Module) -> nn.Module:
     safe: dict[str, Any] = {"trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **safe)
-        named = (config.architectures or [type(unwrap(student)).__name__])[0]
+        named = (config.architectures or [type(unwrap(student)).__name__ if student is not None else "none"])[0]
         architecture = getattr(transformers, named, None)
         if architecture is None:
             raise ConfigurationError(f"the teacher's architecture {named!r} is not in transformers; pass the model.")
