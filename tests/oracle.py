@@ -40,6 +40,10 @@ INPUTS = {
         *("true_?", "fake_?", "*_u", "*_normal", "*_eps", "*_alpha", "*_tmax", "da_real", "f_images", "da_images"),
         *("ga_images", "g_a1_images", "g_a12_images", "g_b1_images"),
     ),
+    "sid_lsg": (
+        *("G_?", "fake_?", "real_?", "emb", "fs_images", "*_noise", "*_alpha", "gen_*_timesteps", "fs_timesteps"),
+        *("samp?_z", "samp?_upstream", "gen_*[!d]_images"),
+    ),
     "dparallel": (
         *("*.input_ids", "*.prompt_lengths", "*.logits", "*.logits_rev", "*.masked", "*.masked_rev"),
         *("dec.x", "dec.mask_index"),

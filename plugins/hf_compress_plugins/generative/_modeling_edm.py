@@ -43,8 +43,9 @@ class EDMDenoiserConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers
 
 @dataclass
 class DenoiserOutput(ModelOutput):  # type: ignore[misc]  # transformers is not typed for mypy
-    """The clean image that is predicted."""
+    """The clean image that is predicted; the loss is a Trainer's callback's, and DDP rebuilds the output with it."""
 
+    loss: torch.Tensor | None = None
     sample: torch.Tensor | None = None
 
 
