@@ -1,0 +1,128 @@
+"""What a step costs, side by side: `python -m hf_compress_evaluation.bench NAME` measures and writes the figures.
+
+A benchmark is a module of this package with `BENCH = Bench(...)`. Its parts run alternately, each round in processes of
+their own, and each figure is the median over rounds. What misses its aim is written as it was measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import pkgutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hf_compress import files
+from hf_compress.errors import UnknownNameError
+from hf_compress.facts import hardware, versions
+
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One comparison."""
+
+    setting: str
+    """What is measured on what."""
+    parts: tuple[str, ...]
+    """Run one after the other in each round."""
+    run: Callable[[str, int], Figures]
+    """From part and threads to its figures; picklable, as it runs in a process of its own."""
+    ratios: Callable[[Mapping[str, Figures]], Figures]
+    """From the figures of a round's parts to what is compared."""
+    bars: Mapping[str, tuple[float, float]]
+    """Ratio to the most that is allowed, and to the aim."""
+
+
+def names() -> list[str]:
+    """The benchmarks that there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_")
+
+
+def get(name: str) -> Bench:
+    """The benchmark of that name.
+
+    Raises:
+        UnknownNameError: with the nearest.
+    """
+    if name not in names():
+        raise UnknownNameError("benchmark", name, names())
+    found: Bench = importlib.import_module(f"{__name__}.{name}").BENCH
+    return found
+
+
+def measure(
+    name: str, output: Path, *, rounds: int = 5, threads: int = 2, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Runs a benchmark and puts its row into a results file.
+
+    Args:
+        name: of the benchmark.
+        output: the results file; rows of other benchmarks are kept.
+        rounds: how often; figures are medians.
+        threads: of torch.
+        progress: called with a line before each part.
+
+    Returns:
+        the row.
+    """
+    bench = get(name)
+    found: list[dict[str, Figures]] = []
+    for number in range(rounds):
+        figures: dict[str, Figures] = {}
+        for part in bench.parts:
+            if progress is not None:
+                progress(f"{name}: round {number + 1} of {rounds}, {part}")
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                figures[part] = pool.submit(bench.run, part, threads).result()
+        found.append(figures)
+    ratios = [bench.ratios(figures) for figures in found]
+    row = {
+        "setting": bench.setting,
+        "figures": {part: _medians([figures[part] for figures in found]) for part in bench.parts},
+        "ratios": _medians(ratios),
+        "spread": {key: [min(r[key] for r in ratios), max(r[key] for r in ratios)] for key in ratios[0]},
+        "bars": {key: {"at_most": most, "aim": aim} for key, (most, aim) in bench.bars.items()},
+        "rounds": rounds,
+        "threads": threads,
+        "command": f"python -m hf_compress_evaluation.bench {name}",
+        "date": date.today().isoformat(),
+        "machine": hardware(),
+        "versions": versions(),
+    }
+    rows = files.read_json(output) if output.exists() else {}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(output, json.dumps(dict(sorted({**rows, name: row}.items())), indent=1) + "\n")
+    return row
+
+
+def _medians(rows: list[Figures]) -> dict[str, float]:
+    return {key: float(f"{median(row[key] for row in rows):.4g}") for key in rows[0]}
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Header and a line for each ratio of each benchmark."""
+    lines = [["benchmark", "ratio", "measured", "lowest to highest", "bar", "aim"]]
+    for name, row in rows.items():
+        for key, value in row["ratios"].items():
+            bar = row["bars"].get(key)
+            low, high = row["spread"][key]
+            limits = ("", "") if bar is None else (f"≤ {bar['at_most']:g}", f"{bar['aim']:g}")
+            lines.append([name, key, f"{value:.3g}", f"{low:.3g} … {high:.3g}", *limits])
+    return lines
+
+
+def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """All rows as a section of the results page."""
+    header, *lines = table(rows)
+    text = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(line)} |" for line in lines), ""]
+    for name, row in rows.items():
+        text += [f"- {name}: {row['setting']} `{row['command']}`, {row['date']}, {row['machine']}."]
+    return "\n".join([*text, ""])

@@ -1,0 +1,49 @@
+"""`python -m hf_compress_evaluation.bench NAME …`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_compress.errors import HfCompressError
+
+from . import measure, names, table
+
+
+def main(
+    benches: Annotated[list[str] | None, typer.Argument(help="Benchmarks; none: list them.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over so many.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
+    output: Annotated[Path, typer.Option(help="Results file.")] = Path("evaluation/results/bench.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written.")] = False,
+) -> None:
+    """Measures what a step costs, side by side, alternating."""
+    if not benches:
+        typer.echo("\n".join(names()))
+        return
+    rows = {}
+    for name in benches:
+        try:
+            rows[name] = measure(
+                name, output, rounds=rounds, threads=threads, progress=lambda line: typer.echo(line, err=True)
+            )
+        except HfCompressError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    header, *lines = table(rows)
+    shown = Table(*header)
+    for line in lines:
+        shown.add_row(*line)
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    typer.run(main)

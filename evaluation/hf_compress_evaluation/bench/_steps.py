@@ -1,0 +1,98 @@
+"""Steps of a Trainer with the clock and the memory beside them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+WARM = 3
+"""Steps at the beginning that are not counted."""
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for mypy
+    """Seconds of each step, from before the batch's forward to after the optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begun)
+
+
+def resident() -> int:
+    """Bytes of this process in memory (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def highest() -> Iterator[list[int]]:
+    """The most bytes in memory while what is inside runs, over what there were before; looked at every millisecond."""
+    found, done, before = [0], threading.Event(), resident()
+
+    def look() -> None:
+        while not done.wait(0.001):
+            found[0] = max(found[0], resident() - before)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def train(
+    model: nn.Module, rows: Any, *, steps: int, batch: int, threads: int, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, float]:
+    """Median seconds of a step, and the most megabytes that training took."""
+    torch.set_num_threads(threads)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=steps,
+            use_cpu=True,
+            train_sampling_strategy="sequential",
+        )
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[*callbacks, clock]
+        )
+        with highest() as memory:
+            trainer.train()
+    return {"seconds": median(clock.seconds[WARM:]), "megabytes": memory[0] / 2**20}
+
+
+def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Rows of one length."""
+    return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
+
+
+def texts(count: int, length: int, vocabulary: int, *, classes: int | None = None) -> list[dict[str, Any]]:
+    """Invented rows, whose labels are classes or the tokens themselves."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for place in range(count):
+        ids = torch.randint(5, vocabulary, (length,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "labels": ids if classes is None else place % classes})
+    return rows
