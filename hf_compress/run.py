@@ -399,9 +399,11 @@ class Run:
     def end(self) -> None:
         """End of `train()`: last words of the methods, the record, and a clean student."""
         try:
-            if self.step is not None:
-                for objective in self.distiller.objectives:
-                    objective.finish(self.step)
+            finishing = [objective for objective in self.distiller.objectives if objective.overrides("finish")]
+            step = self.step or (make_step(self) if finishing else None)  # resumed at its end, a run has no step
+            for objective in finishing:
+                assert step is not None  # just made
+                objective.finish(step)
             config = getattr(unwrap(self.student), "config", None)
             if config is not None:
                 record = describe_training(self, seconds=time.monotonic() - self._started)

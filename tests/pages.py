@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from hf_compress_evaluation import claims
+from hf_compress_evaluation import bench, claims
 from hf_compress_evaluation.demo.summary import markdown
 
 from hf_compress import registry
@@ -25,13 +25,19 @@ def pages(root: Path) -> dict[Path, str]:
     return {
         root / "plugins" / "README.md": gallery(),
         root / "README.md": between(root / "README.md", "demo", demo(root)),
-        root / "evaluation" / "README.md": between(root / "evaluation" / "README.md", "claims", claimed(root)),
+        root / "evaluation" / "README.md": results(root),
     }
 
 
-def between(page: Path, mark: str, generated: str) -> str:
-    """The page with the generated text between its marks."""
-    text = page.read_text(encoding="utf-8")
+def results(root: Path) -> str:
+    """The page of the results: benches and claims."""
+    page = root / "evaluation" / "README.md"
+    return between(page, "claims", claimed(root), between(page, "bench", benched(root)))
+
+
+def between(page: Path, mark: str, generated: str, text: str | None = None) -> str:
+    """The page, or a text made from it, with the generated text between its marks."""
+    text = page.read_text(encoding="utf-8") if text is None else text
     begin, end = BEGIN.format(mark), END.format(mark)
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n{generated}\n{end}{rest.partition(end)[2]}"
@@ -41,6 +47,12 @@ def demo(root: Path) -> str:
     """The table of the demo's committed results."""
     results = root / "evaluation" / "results" / "demo.json"
     return markdown(json.loads(results.read_text(encoding="utf-8"))) if results.exists() else ""
+
+
+def benched(root: Path) -> str:
+    """The table of the committed benches."""
+    found = root / "evaluation" / "results" / "bench.json"
+    return bench.markdown(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else ""
 
 
 def claimed(root: Path) -> str:

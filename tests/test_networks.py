@@ -128,3 +128,20 @@ def test_gradients_reach_the_networks_alone(tmp_path: Path) -> None:
 def test_an_optimizer_of_another_module_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="network 'n'"):
         Networks({"n": (nn.Linear(1, 1), SGD(nn.Linear(1, 1).parameters(), lr=LR))})
+
+
+class Finishing(toys.Toy):
+    """Counts its last words."""
+
+    finished = 0
+
+    def finish(self, step: Step) -> None:
+        type(self).finished += 1
+
+
+def test_a_run_resumed_at_its_end_has_its_last_words_too(tmp_path: Path) -> None:
+    Finishing.finished = 0
+    settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    toys.run(tmp_path, Finishing(), **settings)[0].train()
+    toys.run(tmp_path, Finishing(), **settings)[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert Finishing.finished == 2

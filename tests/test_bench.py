@@ -1,0 +1,71 @@
+"""Benches: alternating parts, medians, and a results file that keeps the rows of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hf_compress_evaluation import bench
+from hf_compress_evaluation.bench import _steps, chunked
+
+from hf_compress.errors import UnknownNameError
+
+
+def ratios(figures: Mapping[str, bench.Figures]) -> bench.Figures:
+    return {"two / one": figures["two"]["seconds"] / figures["one"]["seconds"]}
+
+
+def seconds(part: str, threads: int) -> bench.Figures:
+    return {"seconds": {"one": 1.0, "two": 3.0}[part] * threads}
+
+
+TOY = bench.Bench(setting="Nothing.", parts=("one", "two"), run=seconds, ratios=ratios, bars={"two / one": (2.5, 2.0)})
+
+
+def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "get", lambda name: TOY)
+    output, said = tmp_path / "results" / "bench.json", list[str]()
+    output.parent.mkdir()
+    output.write_text('{"zzz": {"ratios": {}, "bars": {}, "spread": {}}}')
+    row = bench.measure("toy", output, rounds=1, threads=3, progress=said.append)
+    assert row["ratios"] == {"two / one": 3.0}
+    assert row["figures"] == {"one": {"seconds": 3.0}, "two": {"seconds": 9.0}}
+    assert said == ["toy: round 1 of 1, one", "toy: round 1 of 1, two"]
+    assert list(json.loads(output.read_text())) == ["toy", "zzz"]
+    assert bench.table({"toy": row})[1] == ["toy", "two / one", "3", "3 … 3", "≤ 2.5", "2"]
+    assert "| toy | two / one | 3 |" in bench.markdown({"toy": row})
+
+
+@pytest.mark.parametrize("name", bench.names())
+def test_every_bench_has_parts_bars_and_a_setting(name: str) -> None:
+    found = bench.get(name)
+    assert len(found.parts) >= 2
+    assert found.setting.endswith(".")
+    made = {part: _Any() for part in found.parts}
+    assert found.bars.keys() <= found.ratios(made).keys()
+
+
+class _Any(dict[str, float]):
+    def __missing__(self, key: str) -> float:
+        return 1.0
+
+
+def test_an_unknown_bench_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'chunked'"):
+        bench.get("chunkd")
+
+
+def test_time_and_memory_of_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("VOCABULARY", 300), ("LENGTH", 9), ("STEPS", 5)):
+        monkeypatch.setattr(chunked, name, value)
+    found = chunked.run("chunked", 1)
+    assert 0 < found["seconds"] < 60
+    assert found["megabytes"] > 0
+    with _steps.highest() as memory:
+        kept = bytearray(64 << 20)
+        kept[::4096] = b"x" * len(kept[::4096])
+        for _ in range(20):
+            sum(range(100_000))
+    assert memory[0] > 50 << 20
