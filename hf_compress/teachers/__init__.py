@@ -70,9 +70,12 @@ def teacher_for(source: nn.Module | str | Path | Teacher, student: nn.Module, ki
         ConfigurationError: for anything else.
     """
     from .model import ModelTeacher, load_teacher
+    from .own import SelfTeacher
 
     if isinstance(source, nn.Module):
         return ModelTeacher(source, kind)
+    if isinstance(source, SelfTeacher):
+        return source.of(student)
     if isinstance(source, str | Path):
         return ModelTeacher(load_teacher(str(source), student), kind)
     if not hasattr(source, "sizes") or not callable(source):

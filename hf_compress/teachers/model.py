@@ -89,20 +89,20 @@ class ModelTeacher:
         return taps, Lazy(self._head.take(), self._head)
 
     def _prove(self, inputs: Inputs) -> None:
-        two = {k: v[:2, :8] for k, v in self._prepared(inputs).items() if isinstance(v, Tensor) and v.dim() == 2}
+        two = {k: v[:2, :8] for k, v in self.prepared(inputs).items() if isinstance(v, Tensor) and v.dim() == 2}
         try:
             self._head = prove(self.model, self.sizes.kind, two, task=False).head
         except UnprovenError as error:
             logger.warning("hf_compress: the teacher's logits are kept whole: %s", error)
 
     def run(self, *, grad: bool = False, **inputs: Any) -> Any:
-        given = self._prepared(inputs)
+        given = self.prepared(inputs)
         if self.model.training:  # switched back by the user, or by another run that has ended
             self.model.eval()
         with torch.set_grad_enabled(grad):
             return self.model(**given)
 
-    def _prepared(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def prepared(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs that the teacher's forward names, and no others."""
         always = {"output_hidden_states", "return_dict"}
         given = {
