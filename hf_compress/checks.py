@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from . import objective as o
 from .errors import ConfigurationError, MismatchError
-from .objective import Inputs, Kind, Needs, Sizes
+from .objective import Inputs, Kind, Needs, Objective, Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +80,13 @@ def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
         )
     known = all(size.vocab or size.config is not None for size in (student, teacher))
     if known and student.vocab != teacher.vocab:
-        what = "labels" if student.kind == "rows" else "classes or vocabulary entries"
+        what = "labels" if student.kind in ("rows", "labels") else "classes or vocabulary entries"
         raise MismatchError(
             f"the student has {student.vocab} {what}, the teacher {teacher.vocab}. Give both one label set or "
             "vocabulary (shrink(teacher, layers=…) keeps it), or use a method on hidden states: method='features'."
         )
     names = [getattr(size.config, "id2label", None) or {} for size in (student, teacher)]
-    if student.kind in ("rows", "tokens") and all(names) and len(names[0]) == student.vocab:
+    if student.kind in ("rows", "labels", "tokens") and all(names) and len(names[0]) == student.vocab:
         default = {index: f"LABEL_{index}" for index in range(student.vocab)}
         if names[0] != names[1] and default not in names:
             raise MismatchError(
@@ -95,22 +95,23 @@ def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
             )
 
 
-def check_head(student: Sizes) -> None:
-    """Refuses a head without a distribution over classes, for methods that compare such distributions.
+def check_head(student: Sizes, objectives: Sequence[Objective], needs: Sequence[Needs]) -> None:
+    """Refuses a head without the distributions that the methods compare.
 
     Raises:
-        MismatchError: for a regression or a multi-label head.
+        MismatchError: for a regression head; for a multi-label one and a method on one distribution a row.
     """
-    if getattr(student.config, "problem_type", None) == "multi_label_classification":
-        raise MismatchError(_NO_SOFTMAX.format("multi-label"))
     if student.kind == "none" and o.is_regression(student.config):
-        raise MismatchError(_NO_SOFTMAX.format("regression"))
-
-
-_NO_SOFTMAX = (
-    "a {} head has no distribution over classes, which the method compares. Use a method on hidden states: "
-    "method='features'."
-)
+        raise MismatchError(
+            "a regression head has no distribution over classes, which the method compares. Use a method on hidden "
+            "states: method='features'."
+        )
+    for objective, need in zip(objectives, needs, strict=True):
+        if student.kind == "labels" and objective.overrides("forward") and "logits" in need.student:
+            raise MismatchError(
+                f"{objective.name} compares one distribution over classes a row, and a multi-label head has one of two "
+                "outcomes for each label. Use a method on each position (kd, gkd, taid) or on hidden states."
+            )
 
 
 def check_labels(kind: Kind, classes: int, inputs: Inputs, *, distributions: bool) -> None:
@@ -124,7 +125,10 @@ def check_labels(kind: Kind, classes: int, inputs: Inputs, *, distributions: boo
     """
     labels = inputs.get("labels")
     if distributions and kind == "rows" and labels is not None and labels.is_floating_point():
-        raise MismatchError(_NO_SOFTMAX.format("multi-label") + " Its labels are real numbers; class ids are integers.")
+        raise MismatchError(
+            "the labels are real numbers, and the head is taken to choose one class a row, whose ids are integers. Set "
+            'problem_type="multi_label_classification" in the configs of student and teacher, or map the labels.'
+        )
     if kind not in ("rows", "tokens", "causal") or not classes or labels is None or labels.is_floating_point():
         return
     wrong = labels[(labels != o.IGNORED) & ((labels < 0) | (labels >= classes))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import objective as o
 from .errors import ConfigurationError, MismatchError, NumericalError
 from .objective import Inputs, Kind, Needs, Objective, Positions, Rows, Signals, Step, Values
+from .outputs import two_outcomes
 
 if TYPE_CHECKING:
     from .heads import Logits
@@ -183,6 +184,23 @@ def terms(
     return found
 
 
+def of_labels(signals: Signals) -> Signals:
+    """Signals of multi-label heads, each label's two outcomes a distribution of its own."""
+
+    def read(taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: two_outcomes(tap) if name == "logits" else tap for name, tap in taps.items()}
+
+    if "logits" not in signals.student:
+        return signals
+    return replace(
+        signals,
+        student=read(signals.student),
+        teacher=read(signals.teacher),
+        frozen={role: read(taps) for role, taps in signals.frozen.items()},
+        positions=signals.positions.of_labels(signals.student["logits"].shape[-1]),
+    )
+
+
 def select_rows(signals: Signals) -> Rows:
     """The scored rows of both models' logits, chosen before any softmax: what is masked may hold NaN."""
     where = signals.positions
@@ -233,7 +251,7 @@ def named(values: Values, method: str) -> list[tuple[str, Tensor]]:
 
 def _expected(needs: Needs, signals: Signals) -> tuple[int, ...]:
     return {
-        "positions": (len(signals.positions.index),),
+        "positions": (len(signals.positions.index) // signals.positions.each,),
         "tokens": (int(signals.tokens.sum()),),
         "examples": (signals.examples,),
         "batch": (),
@@ -249,7 +267,8 @@ def check_shape(method: str, name: str, value: Tensor, expected: tuple[int, ...]
 def _reduce_positions(value: Tensor, signals: Signals, needs: Needs) -> Tensor:
     """Sum over positions; for a mean over examples each example's positions are averaged first."""
     divisor = position_divisor(signals.positions, signals.examples, needs)
-    return value.sum() if divisor is None else (value / divisor.to(value.dtype)).sum()
+    summed = value.sum() if divisor is None else (value / divisor.to(value.dtype)).sum()
+    return summed / signals.positions.each if divisor is None else summed
 
 
 def position_divisor(where: Positions, examples: int, needs: Needs) -> Tensor | None:

@@ -29,8 +29,9 @@ Shapes: TypeAlias = Mapping[str, torch.Size]
 """By tap, from one forward of two rows."""
 Values: TypeAlias = Tensor | Mapping[str, Tensor]
 """One term, or several by name; a method's own term weights (fields of its Config) are included."""
-Kind = Literal["rows", "tokens", "causal", "spans", "pixels", "none"]
-"""Where a model's distributions stand: one a row (batch, class); one a token, unshifted (batch, time, class); causal,
+Kind = Literal["rows", "labels", "tokens", "causal", "spans", "pixels", "none"]
+"""Where a model's distributions stand: one a row (batch, class); one of two outcomes for each label of a row (batch,
+label), read as (batch, label, 2) with logits 0 and z; one a token, unshifted (batch, time, class); causal,
 the same shifted by one; two over time a row (start, end); one a pixel; none (regression, embeddings)."""
 MeanOver = Literal["positions", "tokens", "examples", "batch"]
 
@@ -91,6 +92,13 @@ class Positions:
     """(position,) class ids, -100 where an example has none; None for data without labels."""
     rows: int
     """How many rows the flattened logits must have; with another number `index` would pick the wrong ones."""
+    each: int = 1
+    """So many positions, the labels of a row, count as one: their values are averaged."""
+
+    def of_labels(self, count: int) -> Positions:
+        """Of rows with so many labels: a position for each, 1 where the row has it."""
+        index = torch.arange(self.rows * count, device=self.index.device)
+        return Positions(index=index, example=index // count, labels=self.labels, rows=self.rows * count, each=count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,11 +298,15 @@ def positions(kind: Kind, inputs: Mapping[str, Tensor]) -> Positions:
     """The scored positions of a batch, from its inputs alone: the same before the forward, to count, and after it.
 
     causal: where the shifted label is not -100, else where this token and the next are real; tokens: where the label is
-    not -100, else the real tokens; rows and none: every example, labelled or not; spans: start and end of each example.
+    not -100, else the real tokens; rows, labels and none: every example, labelled or not (`Positions.of_labels` once
+    the logits tell how many labels there are); spans: start and end of each example.
     """
     labels = task_labels(kind, inputs)
-    if kind in ("rows", "none", "pixels"):
+    if kind in ("rows", "labels", "none", "pixels"):
         index = torch.arange(batch_size(inputs), device=next(iter(inputs.values())).device)
+        if kind == "labels":
+            flat = None if labels is None else labels.flatten().long()
+            return Positions(index=index, example=index, labels=flat, rows=len(index))
         flat = labels.flatten() if labels is not None and kind == "rows" and labels.numel() == len(index) else None
         return Positions(index=index, example=index, labels=flat, rows=len(index))
     if kind == "spans":
@@ -344,6 +356,8 @@ def kind_of(model: nn.Module) -> Kind:
     if name.endswith("ForConditionalGeneration") and not getattr(config, "is_encoder_decoder", False):
         return "causal"  # a language model that also reads images or sound
     kind: Kind = next((kind for suffix, kind in _SUFFIXES if re.search(suffix, name)), "none")
+    if kind == "rows" and getattr(config, "problem_type", None) == "multi_label_classification":
+        return "labels"
     return "none" if kind == "rows" and is_regression(config) else kind
 
 
@@ -357,7 +371,13 @@ def sizes(model: nn.Module, kind: Kind | None = None) -> Sizes:
     config: Any = getattr(model, "config", None)
     kind = kind or kind_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    classes = {"rows": "num_labels", "pixels": "num_labels", "causal": "vocab_size", "tokens": "vocab_size"}.get(kind)
+    classes = {
+        "rows": "num_labels",
+        "labels": "num_labels",
+        "pixels": "num_labels",
+        "causal": "vocab_size",
+        "tokens": "vocab_size",
+    }.get(kind)
     if kind == "tokens" and type(model).__name__.endswith("Classification"):
         classes = "num_labels"
     return Sizes(

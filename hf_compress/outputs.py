@@ -57,6 +57,11 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
+def two_outcomes(logits: Tensor) -> Tensor:
+    """(…, label, 2) logits 0 and z of each label's two outcomes: their softmax is 1 - σ(z) and σ(z)."""
+    return torch.stack([torch.zeros_like(logits), logits], -1)
+
+
 def hidden_state(output: Any, name: str, index: int) -> Tensor:
     states = output.get("hidden_states") if isinstance(output, Mapping) else None
     if states is None:

@@ -39,7 +39,7 @@ def task_of(model: nn.Module, kind: Kind) -> str:
     name = type(model).__name__
     main = getattr(model, "main_input_name", "input_ids")
     source = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}.get(main, "text")
-    if kind == "rows":
+    if kind in ("rows", "labels"):
         return f"{source}-classification"
     if kind == "causal":
         return "text-generation"

@@ -120,8 +120,8 @@ class Run:
             if other is not None:
                 check_pair(self.needs, self.sizes, other.sizes)
         self._distributions = any(objective.overrides("per_position") for objective in objectives)
-        if self._distributions:
-            check_head(self.sizes)
+        if self._distributions or self.kind == "labels":
+            check_head(self.sizes, objectives, self.needs)
         for method_name in ("batch", "teacher_batch"):
             if sum(objective.overrides(method_name) for objective in objectives) > 1:
                 raise ConfigurationError(f"two methods of one run rewrite the {method_name}; use one of them.")
@@ -534,7 +534,9 @@ class Run:
         (inputs, signals), self.pending = self.pending, None
         if labels is not None:
             inputs = inputs | {"labels": labels}
-            signals = Signals(**{**vars(signals), "inputs": inputs, "positions": o.positions(self.kind, inputs)})
+            where = o.positions(self.kind, inputs)
+            where = where.of_labels(self.sizes.vocab) if self.kind == "labels" else where
+            signals = replace(signals, inputs=inputs, positions=where)
         if not self.is_training():
             self.reports.measure(signals, inputs)
             return compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
@@ -582,7 +584,7 @@ class Run:
             if lazily is not None:
                 whole = d.whole_logits(lazily, student["logits"], signals.positions)
                 signals = replace(signals, teacher={**seen, "logits": whole})
-            return signals, None
+            return d.of_labels(signals) if self.kind == "labels" else signals, None
         frozen = {role: logits for role, (_, logits) in others.items() if logits is not None}
         return signals, Apart(student=self.chunking.logits(), teacher=lazily, frozen=frozen)
 

@@ -13,7 +13,7 @@ from . import distiller as d
 from . import objective as o
 from .errors import ConfigurationError
 from .objective import Step
-from .outputs import logits_of
+from .outputs import logits_of, two_outcomes
 from .taps import evaluating
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def row_cross_entropy(kind: o.Kind, logits: Tensor, inputs: o.Inputs) -> Tensor:
         ConfigurationError: for a batch without labels.
     """
     where = o.positions(kind, inputs)
+    if kind == "labels":
+        where, logits = where.of_labels(logits.shape[-1]), two_outcomes(logits)
     if where.labels is None:
         raise ConfigurationError("evaluate needs a data set with labels, to take the cross-entropy of.")
     rows = d.select_logits(logits, where).float()
