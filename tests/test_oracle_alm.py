@@ -7,9 +7,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from hf_compress_plugins.tokenizers._alignment import FAMILIES, align
 from hf_compress_plugins.tokenizers.alm import (
     _last,
-    align,
     chunk_likelihoods,
     distance,
     end_likelihoods,
@@ -21,29 +21,13 @@ from hf_compress_plugins.tokenizers.alm import (
 from torch import Tensor
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-ROLES: dict[str, dict[str, tuple[str, ...]]] = {
-    "Qwen2": {"start_header": ("<|im_start|>",), "end_header": ("Ċ",), "eot": ("<|im_end|>", "Ċ")},
-    "Llama3": {
-        "bos": ("<|begin_of_text|>",),
-        "start_header": ("<|start_header_id|>",),
-        "end_header": ("<|end_header_id|>", "ĊĊ"),
-        "eot": ("<|eot_id|>",),
-    },
-    "Gemma2": {
-        "bos": ("<bos>",),
-        "start_header": ("<start_of_turn>",),
-        "end_header": ("Ċ",),
-        "eot": ("<end_of_turn>", "Ċ"),
-    },
-    "GPT2": {},
-}
 CASES = sorted({name.rpartition(".")[0] for name in oracle.outputs("alm") if not name.startswith("latents")})
 
 
 @pytest.mark.parametrize("case", oracle.metadata("alm")["alignments"], ids=lambda case: case["tokens_student"][0])
 def test_alignment(case: dict[str, Any]) -> None:
     kinds = (case["kind_teacher"], case["kind_student"])
-    found = align(case["tokens_teacher"], case["tokens_student"], *(ROLES[kind] for kind in kinds))
+    found = align(case["tokens_teacher"], case["tokens_student"], *(FAMILIES[kind.lower()] for kind in kinds))
     assert [list(chunk) for chunk in found] == case["alignment_indices"]
 
 

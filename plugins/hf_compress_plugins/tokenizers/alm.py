@@ -14,9 +14,15 @@ carries no gradient. The student may learn the text itself (`sft`) and the teach
 the student's last block (`weighting="gradients"`, which needs one more backward pass through that block a loss and
 changes its meaning with accumulation).
 
+A student that is the teacher with another tokenizer starts with its embeddings: `fvt` copies those of tokens of the
+same bytes or role and averages those of the old pieces of the others. One that reads bytes (`byte_tokenizer`) may also
+be `expanded`: at each byte the old embedding of the longest old token that ends there is added.
+
 Differences from the authors' code: the mean runs over the joined chunks of each row and then over rows, as their number
 is not known before the teacher has run (without joining and other losses: over all chunks of a window, as published).
-The code applies the joining matrix twice when it counts, so that its loss is a little larger.
+The code applies the joining matrix twice when it counts, so that its loss is a little larger. A chunk counts where both
+models predict something of it; the code asks the teacher alone. Its network of one layer over all embeddings, on by
+default, is left out: it is a way to train new embeddings, no part of the objective.
 """
 
 from __future__ import annotations
@@ -26,14 +32,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import datasets
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compress.errors import ConfigurationError, MismatchError
-from hf_compress.objective import IGNORED, Inputs, Needs, Objective, Signals, Sizes, Step
+from hf_compress.objective import Inputs, Needs, Objective, Signals, Sizes, Step
 from hf_compress.registry import Method
 from hf_compress.taps import blocks, unwrap
+from hf_compress_plugins.tokenizers._alignment import space_mask as space_mask
+from hf_compress_plugins.tokenizers._embeddings import byte_tokenizer as byte_tokenizer
+from hf_compress_plugins.tokenizers._embeddings import expanded as expanded
+from hf_compress_plugins.tokenizers._embeddings import fvt as fvt
+from hf_compress_plugins.tokenizers._modeling_expanded_input import ExpandedInputConfig, ExpandedInputForCausalLM
+from hf_compress_plugins.tokenizers._preparation import two_tokenizations as two_tokenizations
 
 Distance = Literal["binary_ce", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "joschu_k2", "joschu_k3"]
 DISTANCES = ("binary_ce", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "joschu_k2", "joschu_k3")
@@ -42,8 +54,6 @@ EPSILON = 1e-6
 COLUMNS = frozenset({"teacher_input_ids", "teacher_attention_mask", "chunks"})
 """Of `two_tokenizations`: the teacher's tokens; (row, chunk, 4) start and end among the teacher's and the student's."""
 STATES = "hidden:-1"
-Roles = Mapping[str, Sequence[str]]
-"""Role of special tokens (bos, start_header, end_header, eot, …) to the tokens that play it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +76,8 @@ class ALMConfig:
     """Learn the teacher's states at the ends of chunks, by squared distance over the mean square of all states or of
     each channel; for a student that is the teacher with another tokenizer."""
     weighting: Literal["mean", "gradients"] = "mean"
-    """How the losses are combined; the authors recommend "gradients"."""
+    """How the losses are combined; the authors recommend "gradients". The gradient of d is about 1/τ of the text's: at
+    τ = 100 a mean of both hardly learns from the teacher."""
 
     def __post_init__(self) -> None:
         if self.distance not in DISTANCES or self.latents not in ("none", "l2", "l2_channelwise"):
@@ -80,92 +91,6 @@ class ALMConfig:
             raise ConfigurationError(
                 f"alm: needs temperature > 0 and threshold in 0 … 1, got {self.temperature} and {self.threshold}."
             )
-
-
-def align(
-    teacher: Sequence[str],
-    student: Sequence[str],
-    teacher_roles: Roles | None = None,
-    student_roles: Roles | None = None,
-) -> list[tuple[int, int, int, int]]:
-    """Chunks of two tokenizations of one text.
-
-    Args:
-        teacher: its tokens, in the byte-level alphabet.
-        student: its tokens.
-        teacher_roles: its special tokens by role.
-        student_roles: of the student.
-
-    Returns:
-        (teacher start, end, student start, end) of each chunk, ends excluded. A role that only one side has joins the
-        next chunk. What is left open at the end is no chunk.
-    """
-    own, other = dict(teacher_roles or {}), dict(student_roles or {})
-    left, right = _equal_spaces(list(teacher), list(student), own, other)
-    found, i, j, start_i, start_j, long_i, long_j = list[tuple[int, int, int, int]](), 0, 0, 0, 0, 0, 0
-    while i < len(left) and j < len(right):
-        if long_i == long_j:
-            role = _standing(left, i, own), _standing(right, j, other)
-            if role[0] is not None and role[0] == role[1]:
-                i, j = i + len(own[role[0]]), j + len(other[role[0]])
-                found.append((start_i, i, start_j, j))
-                start_i, start_j = i, j
-                continue
-            if role[1] is not None and role[1] not in own:
-                j += len(other[role[1]])
-                continue
-            if role[0] is not None and role[0] not in other:
-                i += len(own[role[0]])
-                continue
-        ahead_i, ahead_j = long_i + len(left[i]), long_j + len(right[j])
-        if ahead_i == ahead_j:
-            found.append((start_i, i + 1, start_j, j + 1))
-            i, j = i + 1, j + 1
-            start_i, start_j, long_i, long_j = i, j, ahead_i, ahead_j
-        elif ahead_i < ahead_j:
-            i, long_i = i + 1, ahead_i
-        else:
-            j, long_j = j + 1, ahead_j
-    return [chunk for chunk in found if _spells_the_same(left, right, chunk, own, other)]
-
-
-def _standing(tokens: Sequence[str], place: int, roles: Roles) -> str | None:
-    """The role whose tokens begin at that place."""
-    return next(
-        (role for role, wanted in roles.items() if list(tokens[place : place + len(wanted)]) == list(wanted)), None
-    )
-
-
-def _equal_spaces(
-    teacher: list[str], student: list[str], teacher_roles: Roles, student_roles: Roles
-) -> tuple[list[str], list[str]]:
-    """Leading spaces of the first plain token made as many on both sides."""
-    sides = []
-    for tokens, roles in ((teacher, teacher_roles), (student, student_roles)):
-        special = {token for wanted in roles.values() for token in wanted}
-        sides.append((tokens, next((k for k, token in enumerate(tokens) if token not in special), None)))
-    (left, first), (right, second) = sides
-    if first is not None and second is not None:
-        spaces = [len(tokens[k]) - len(tokens[k].lstrip("Ġ")) for tokens, k in ((left, first), (right, second))]
-        left[first] = "Ġ" * max(spaces[1] - spaces[0], 0) + left[first]
-        right[second] = "Ġ" * max(spaces[0] - spaces[1], 0) + right[second]
-    return left, right
-
-
-def _spells_the_same(
-    left: Sequence[str], right: Sequence[str], chunk: tuple[int, int, int, int], own: Roles, other: Roles
-) -> bool:
-    """Whether both runs spell the same, special tokens of a role aside."""
-    if any(tuple(left[chunk[1] - len(w) : chunk[1]]) == tuple(w) for w in own.values()) and any(
-        tuple(right[chunk[3] - len(w) : chunk[3]]) == tuple(w) for w in other.values()
-    ):
-        return True
-    specials = [{token for wanted in roles.values() for token in wanted if len(wanted) == 1} for roles in (own, other)]
-    spelled = [
-        "".join(token for token in tokens[start:end] if token not in special or len(token) < 3)
-        for tokens, (start, end), special in ((left, chunk[:2], specials[0]), (right, chunk[2:], specials[1]))
-    ]
-    return spelled[0] == spelled[1]
 
 
 def membership(starts: Tensor, ends: Tensor, length: int) -> Tensor:
@@ -281,86 +206,6 @@ def latents(student: Tensor, teacher: Tensor, valid: Tensor, *, channelwise: boo
     theirs, weight = teacher.detach().float(), valid.float()[..., None]
     square = (theirs.square() * weight).mean((0, 1) if channelwise else (0, 1, 2)) / weight.mean()
     return ((student.float() - theirs).square() * weight / (square + 1e-8)).mean(-1)
-
-
-def space_mask(tokenizer: Any, vocab: int) -> Tensor:
-    """(vocab,) bool: tokens that begin with a space, a tab or a newline, and special ones.
-
-    Args:
-        tokenizer: byte-level.
-        vocab: size of the model's logits.
-    """
-    mask = torch.zeros(vocab, dtype=torch.bool)
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    for token, index in tokenizer.get_vocab().items():
-        if index < vocab:
-            mask[index] = index in special or token[:1] in ("Ġ", "Ċ", "ĉ")
-    return mask
-
-
-def two_tokenizations(
-    dataset: Any,
-    *,
-    tokenizer: Any,
-    teacher_tokenizer: Any,
-    max_length: int,
-    teacher_max_length: int | None = None,
-    column: str = "text",
-    roles: Roles | None = None,
-    teacher_roles: Roles | None = None,
-) -> datasets.Dataset:
-    """Texts with both models' tokens and the chunks that they share, padded to one length for the default collator.
-
-    Args:
-        dataset: a `datasets.Dataset` with texts in `column`.
-        tokenizer: the student's, byte-level.
-        teacher_tokenizer: the teacher's, byte-level.
-        max_length: tokens kept of a text for the student.
-        teacher_max_length: for the teacher; None: the same.
-        column: name of the texts.
-        roles: the student's special tokens by role; None: beginning and end of a text.
-        teacher_roles: the teacher's.
-
-    Returns:
-        input_ids, attention_mask, labels, teacher_input_ids, teacher_attention_mask and chunks.
-    """
-    lengths = (max_length, teacher_max_length or max_length)
-    sides = (
-        (tokenizer, roles or _own_roles(tokenizer)),
-        (teacher_tokenizer, teacher_roles or _own_roles(teacher_tokenizer)),
-    )
-
-    def both(row: Mapping[str, Any]) -> dict[str, Any]:
-        (own, mask), (theirs, other) = (
-            _padded(side(row[column], truncation=True, max_length=length)["input_ids"], length, side)
-            for (side, _), length in zip(sides, lengths, strict=True)
-        )
-        spelled = [
-            side.convert_ids_to_tokens(ids[: sum(real)])
-            for (side, _), ids, real in zip(sides, (own, theirs), (mask, other), strict=True)
-        ]
-        chunks = [list(chunk) for chunk in align(spelled[1], spelled[0], sides[1][1], sides[0][1])]
-        chunks += [[-1] * 4] * (min(lengths) - len(chunks))
-        return {
-            "input_ids": own,
-            "attention_mask": mask,
-            "labels": [token if real else IGNORED for token, real in zip(own, mask, strict=True)],
-            "teacher_input_ids": theirs,
-            "teacher_attention_mask": other,
-            "chunks": chunks,
-        }
-
-    return dataset.map(both, remove_columns=dataset.column_names)
-
-
-def _own_roles(tokenizer: Any) -> dict[str, tuple[str, ...]]:
-    found = {"bos": tokenizer.bos_token, "eot": tokenizer.eos_token}
-    return {role: (token,) for role, token in found.items() if token is not None}
-
-
-def _padded(ids: list[int], length: int, tokenizer: Any) -> tuple[list[int], list[int]]:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return ids + [pad] * (length - len(ids)), [1] * len(ids) + [0] * (length - len(ids))
 
 
 class ALM(Objective):
@@ -529,6 +374,9 @@ def gradient_weights(losses: Mapping[str, Tensor], parameters: Sequence[nn.Param
     return {name: value / sum(inverse.values()) for name, value in inverse.items()}
 
 
+AutoConfig.register("expanded_input", ExpandedInputConfig, exist_ok=True)
+AutoModelForCausalLM.register(ExpandedInputConfig, ExpandedInputForCausalLM, exist_ok=True)
+
 METHOD = Method(
     title="Cross-Tokenizer Distillation via Approximate Likelihood Matching",
     paper="arXiv:2503.20083",
@@ -543,4 +391,5 @@ METHOD = Method(
     tasks=("text-generation",),
     objective=ALM,
     preparation=two_tokenizations,
+    tokenizer=fvt,
 )
