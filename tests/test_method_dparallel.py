@@ -18,7 +18,9 @@ from hf_compress_plugins.decoding.dparallel import (
     certainty_losses,
     corrupt,
     segment,
+    tokens_each_step,
     unmask,
+    unmask_some,
 )
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -70,6 +72,8 @@ def test_every_block_is_drawn_and_the_last_may_be_shorter() -> None:
     assert seen == {(3, 11), (11, 19), (19, 20)}
     with pytest.raises(MismatchError, match="no answer"):
         segment(20, 20, block=8, draw=draw)
+    assert {segment(3, 20, block=None, draw=draw) for _ in range(5)} == {(3, 20)}
+    assert {segment(3, 19, block=8, draw=draw) for _ in range(60)} == {(3, 11), (11, 19)}  # none is empty
 
 
 def test_what_is_behind_the_segment_is_hidden() -> None:
@@ -97,6 +101,88 @@ def test_the_surest_token_is_taken_whatever_the_threshold() -> None:
     assert best.tolist() == [[0, 0, 0]]
     assert taken.tolist() == [[True, False, False]]
     assert unmask(logits, torch.tensor([[1, 1, 0]]), masked, threshold=1.0)[1].tolist() == [[True, True, False]]
+
+
+def test_by_probability_a_token_is_taken_at_or_above_the_threshold() -> None:
+    logits = torch.tensor([[[math.log(3.0), 0.0], [0.0, 0.0], [math.log(9.0), 0.0]]], dtype=torch.float64)
+    ids, masked = torch.tensor([[1, 1, 1]]), torch.tensor([[True, True, True]])
+    for threshold, taken in ((0.74, [True, False, True]), (0.8, [False, False, True]), (0.99, [False, False, True])):
+        assert unmask(logits, ids, masked, threshold=threshold, by="confidence")[1].tolist() == [taken]
+
+
+def test_a_strict_threshold_leaves_out_what_is_at_it() -> None:
+    logits, ids = torch.zeros(1, 3, 2, dtype=torch.float64), torch.tensor([[1, 1, 1]])
+    masked = torch.tensor([[True, True, False]])
+    loose = unmask(logits, ids, masked, threshold=0.5, by="confidence")[1]
+    strict = unmask(logits, ids, masked, threshold=0.5, by="confidence", strict=True)[1]
+    assert (loose.tolist(), strict.tolist()) == ([[True, True, False]], [[True, False, False]])
+
+
+def test_a_given_number_of_tokens_is_taken_the_most_probable_first() -> None:
+    logits = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [2.0, 0.0], [9.0, 0.0]]])
+    ids, masked = torch.tensor([[7, 7, 7, 5]]), torch.tensor([[True, True, True, False]])
+    best, taken = unmask_some(logits, ids, masked, counts=torch.tensor([2]))
+    assert best.tolist() == [[0, 1, 0, 5]]
+    assert taken.tolist() == [[False, True, True, False]]
+    assert tokens_each_step(torch.tensor([7, 2, 0]), 3).tolist() == [[3, 2, 2], [1, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(("steps", "forwards"), [(1, 2), (5, 10), (8, 16), (20, 16)])
+def test_decoding_takes_the_given_number_of_steps_a_block(steps: int, forwards: int) -> None:
+    decode = ParallelDecoding(steps=steps, block=8)
+    found = decode(model(), torch.tensor([[2, 3]]), max_new_tokens=16)
+    assert decode.steps_taken == forwards
+    assert not (found == MASK).any()
+
+
+class Next(MaskedDiffusionForMaskedLM):
+    """Its logits at a place are of the token behind it: one above what stands at the place, or a mask's own."""
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        known = torch.where(input_ids == MASK, 2, input_ids + 1) % VOCAB
+        sure = torch.where(input_ids == MASK, 0.1, 20.0)
+        return mock.Mock(logits=torch.nn.functional.one_hot(known, VOCAB) * sure[..., None])
+
+
+def test_a_shifted_model_is_read_one_place_to_the_left() -> None:
+    """Only the token behind a known one is sure, so a chain is filled in one by one, in one block."""
+    decode = ParallelDecoding(shifted=True, block=None)
+    found = decode(Next(model().config), torch.tensor([[2, 3]]), max_new_tokens=6)
+    assert found.tolist() == [[2, 3, 4, 5, 6, 7, 8, 9]]
+    assert decode.steps_taken == 6
+
+
+def test_the_loss_of_a_shifted_model_by_hand(tmp_path: Path) -> None:
+    """Token 1 is scored by the logits of place 0: probability 3/4, and right."""
+    logits = torch.tensor([[[0.0, math.log(3.0)], [9.0, 0.0]]])
+    labels, masked = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
+    plain, entropy = certainty_losses(*DParallel(shifted=True)._placed(logits, labels, masked))
+    assert plain.item() == pytest.approx(-math.log(0.75))
+    assert entropy.item() == pytest.approx(-(0.9 * math.log(0.9) + 0.1 * math.log(0.1)), rel=1e-5)
+    (log,) = [
+        entry
+        for entry in run(tmp_path, DParallel(shifted=True, block=None), max_steps=1).state.log_history
+        if "loss" in entry
+    ]
+    plain_log = run(tmp_path, DParallel(block=None), max_steps=1).state.log_history[0]
+    assert math.isfinite(log["loss"])
+    assert log["distill/dparallel.cross_entropy"] != plain_log["distill/dparallel.cross_entropy"]
+
+
+def test_without_blocks_the_whole_answer_is_hidden_in_two_parts(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    class Kept(DParallel):
+        __module__ = DParallel.__module__
+
+        def forward(self, signals: Any, step: Any) -> Any:
+            seen.append(signals.inputs)
+            return super().forward(signals, step)
+
+    run(tmp_path, Kept(block=None), max_steps=1)
+    both = seen[0]["masked"] | seen[0]["other_masked"]
+    place = torch.arange(LENGTH).expand_as(both)
+    assert torch.equal(both, place >= seen[0]["prompt_length"][:, None])
 
 
 def test_both_views_cover_the_segment_of_each_row_once(tmp_path: Path) -> None:
@@ -147,8 +233,8 @@ def test_decoding_fills_in_everything_in_as_few_steps_as_it_is_sure(tmp_path: Pa
     student, prompt = made.model.eval(), torch.tensor([[2, 3]])
     slow, fast = ParallelDecoding(threshold=-1.0, block=8), ParallelDecoding(threshold=2.0, block=8)
     one, other = (decode(student, prompt, max_new_tokens=16) for decode in (slow, fast))
-    assert slow.steps == 16
-    assert fast.steps < 16
+    assert slow.steps_taken == 16
+    assert fast.steps_taken < 16
     assert one.shape == (1, 18)
     assert not (other == MASK).any()
     assert torch.equal(other[:, :2], prompt)
@@ -165,6 +251,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         DParallel(block=0)
     with pytest.raises(ConfigurationError, match="dparallel"):
         DParallel(beta=-1.0)
+    for settings in ({"by": "margin"}, {"block": 0}, {"steps": 0}):
+        with pytest.raises(ConfigurationError, match="dparallel"):
+            ParallelDecoding(**settings)
     student = model()
     student.config.mask_token_id = None
     made = run(tmp_path, max_steps=1)
@@ -181,6 +270,9 @@ def test_each_function_of_the_step_is_reached(name: str, tmp_path: Path) -> None
         run(tmp_path)
 
 
-def test_unmask_is_reached_by_decoding() -> None:
-    with mock.patch.object(module, "unmask", side_effect=KeyError), pytest.raises(KeyError):
-        ParallelDecoding()(model(), torch.tensor([[2]]), max_new_tokens=2)
+@pytest.mark.parametrize(
+    ("name", "steps"), [("unmask", None), ("sureness", None), ("unmask_some", 2), ("tokens_each_step", 2)]
+)
+def test_each_function_of_decoding_is_reached(name: str, steps: int | None) -> None:
+    with mock.patch.object(module, name, side_effect=KeyError), pytest.raises(KeyError):
+        ParallelDecoding(steps=steps)(model(), torch.tensor([[2]]), max_new_tokens=2)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from hf_compress_plugins.decoding.dparallel import certainty_losses, corrupt, unmask
+from hf_compress_plugins.decoding.dparallel import (
+    certainty_losses,
+    corrupt,
+    tokens_each_step,
+    unmask,
+    unmask_some,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 MASK, BLOCK = 126336, 32
@@ -43,3 +49,19 @@ def test_a_decoding_step(threshold: str) -> None:
     best, taken = unmask(data["dec.logits"], data["dec.x"], data["dec.mask_index"].bool(), threshold=float(threshold))
     assert torch.equal(best, data[f"dec.entropy{threshold}.x0"])
     assert torch.equal(taken.int(), data[f"dec.entropy{threshold}.transfer"].int())
+
+
+def test_a_decoding_step_by_probability() -> None:
+    data = oracle.load("dparallel")
+    masked = data["dec.mask_index"].bool()
+    best, taken = unmask(data["dec.logits"], data["dec.x"], masked, threshold=0.9, by="confidence")
+    assert torch.equal(best, data["dec.conf0.9.x0"])
+    assert torch.equal(taken.int(), data["dec.conf0.9.transfer"].int())
+
+
+def test_a_decoding_step_of_a_given_number_of_tokens() -> None:
+    data = oracle.load("dparallel")
+    masked = data["dec.mask_index"].bool()
+    _, taken = unmask_some(data["dec.logits"], data["dec.x"], masked, counts=torch.tensor([2, 1]))
+    assert torch.equal(taken.int(), data["dec.fixed2_1.transfer"].int())
+    assert torch.equal(tokens_each_step(masked.sum(1), 4), data["dec.num_transfer_tokens_steps4"])

@@ -72,7 +72,7 @@ def answers(model: Any, prompts: Tensor, threshold: float) -> tuple[Tensor, floa
     decode, found, steps = ParallelDecoding(threshold=threshold, block=BLOCK), [], 0
     for prompt in prompts:
         found.append(decode(model, prompt[None], max_new_tokens=ANSWER))
-        steps += decode.steps
+        steps += decode.steps_taken
     return torch.cat(found), steps / len(prompts)
 
 
