@@ -84,5 +84,5 @@ class UnknownNameError(HfCompressError, KeyError):
         return type(self), self._given  # copied to another process by what it was made from, not by its message
 
 
-class TextTeacherError(HfCompressError, RuntimeError):
-    """A text teacher that cannot be asked, or whose budget is spent; what was answered is in the cache."""
+class TeacherError(HfCompressError, RuntimeError):
+    """A teacher on a server that cannot be asked or gives no targets, or one whose budget is spent."""

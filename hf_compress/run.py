@@ -137,7 +137,8 @@ class Run:
         self._recorded = self.teacher if isinstance(self.teacher, Recorded) else None
         columns: frozenset[str] = self._recorded.columns if self._recorded is not None else frozenset()
         self.columns = columns.union(*(need.columns for need in self.needs))
-        if self._recorded is not None and any(objective.overrides("batch") for objective in objectives):
+        fixed = self._recorded is not None and self._recorded.fixed
+        if fixed and any(objective.overrides("batch") for objective in objectives):
             raise ConfigurationError(
                 "a method of this run changes the batch, and a cache knows the rows of the data alone. Give the model."
             )

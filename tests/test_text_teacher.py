@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from chat import ChatServerState, serving
 
-from hf_compress.errors import ConfigurationError, ForeignFileError, TextTeacherError
-from hf_compress.teachers import text as module
+from hf_compress.errors import ConfigurationError, ForeignFileError, TeacherError
+from hf_compress.teachers import endpoint as module
 from hf_compress.teachers.text import FAILURES_IN_A_ROW, ChatServer, TextTeacher
 
 KEY = "secret-key-that-must-not-leave"
@@ -94,7 +94,7 @@ def test_the_wait_that_a_server_asks_for_is_kept(
 
 def test_a_server_that_asks_for_a_long_wait_is_given_up(server: ChatServerState, waits: list[float]) -> None:
     server.plan = [(429, {"retry-after": "86400"})]
-    with pytest.raises(TextTeacherError, match=r"asks to wait \d+ seconds, more than longest_wait=120"):
+    with pytest.raises(TeacherError, match=r"asks to wait \d+ seconds, more than longest_wait=120"):
         TextTeacher(chat(server))(["a"])
     assert waits == []
     server.plan = [(503, {})] * 3
@@ -122,7 +122,7 @@ def test_what_does_not_pass_is_an_error_without_the_key(
 ) -> None:
     server.plan = [fault] * 9
     server.answer = lambda text: f"your key is {KEY}"
-    with pytest.raises(TextTeacherError, match=told) as caught:
+    with pytest.raises(TeacherError, match=told) as caught:
         TextTeacher(chat(server, retries=2), cache=tmp_path)(["a"])
     assert len(server.requests) == asked
     assert list(tmp_path.iterdir()) == []
@@ -140,7 +140,7 @@ def test_the_key_follows_no_redirect_no_proxy_and_no_netrc(
     with serving(str.lower) as other:
         for status in (301, 302, 307, 308):
             server.plan = [(status, {"location": f"{other.url}/chat/completions"})]
-            with pytest.raises(TextTeacherError, match=f"said {status}"):
+            with pytest.raises(TeacherError, match=f"said {status}"):
                 TextTeacher(chat(server))(["a"])
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, other.url.removesuffix("/v1"))
@@ -167,7 +167,7 @@ def test_netrc_is_not_read_for_https_either(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(module.requests.Session, "send", send)
     for key in (KEY, None):
-        with pytest.raises(TextTeacherError, match=r"cannot be asked \(InvalidURL\)"):
+        with pytest.raises(TeacherError, match=r"cannot be asked \(InvalidURL\)"):
             ChatServer(url="https://h/v1", model="m", api_key=key)("a")
     assert sent == [(True, f"Bearer {KEY}"), (True, None)]
 
@@ -197,7 +197,7 @@ def test_settings_that_cannot_be_served_are_refused_without_the_key(wrong: dict[
 def test_a_slow_server_is_given_up(server: ChatServerState) -> None:
     done = threading.Event()
     server.answer = lambda text: str(done.wait(20))
-    with pytest.raises(TextTeacherError, match=r"after 2 tries \(ReadTimeout\)"):
+    with pytest.raises(TeacherError, match=r"after 2 tries \(ReadTimeout\)"):
         TextTeacher(chat(server, timeout=0.1, retries=1))(["a"])
     done.set()
 
@@ -205,7 +205,7 @@ def test_a_slow_server_is_given_up(server: ChatServerState) -> None:
 def test_a_server_that_is_not_there_is_said(waits: list[float]) -> None:
     with serving(str.upper) as gone:
         pass
-    with pytest.raises(TextTeacherError, match=r"after 2 tries \(ConnectionError\)"):
+    with pytest.raises(TeacherError, match=r"after 2 tries \(ConnectionError\)"):
         TextTeacher(chat(gone, retries=1))(["a"])
     assert waits == [0.01]
 
@@ -227,7 +227,7 @@ def test_one_failure_keeps_the_answers_of_the_others(tmp_path: Path) -> None:
         return prompt.upper()
 
     prompts, told = ["a", "bad", "b", "c"], list[int]()
-    with pytest.raises(TextTeacherError, match=r"1 of 4 prompts have no answer.*KeyError") as caught:
+    with pytest.raises(TeacherError, match=r"1 of 4 prompts have no answer.*KeyError") as caught:
         TextTeacher(answer, cache=str(tmp_path), name="n", workers=2)(prompts, progress=told.append)
     assert isinstance(caught.value.__cause__, KeyError)
     assert told == [1, 2, 3]
@@ -246,7 +246,7 @@ def test_a_teacher_that_is_gone_is_not_asked_for_the_rest() -> None:
         asked.append(prompt)
         raise OSError("gone")
 
-    with pytest.raises(TextTeacherError, match=r"200 of 200 prompts .* OSError: gone"):
+    with pytest.raises(TeacherError, match=r"200 of 200 prompts .* OSError: gone"):
         TextTeacher(answer, name="n", workers=1)([str(n) for n in range(200)])
     assert len(asked) == FAILURES_IN_A_ROW
 
@@ -257,7 +257,7 @@ def test_failures_that_are_not_in_a_row_stop_nothing() -> None:
             raise ValueError(prompt)
         return prompt
 
-    with pytest.raises(TextTeacherError, match="50 of 100 prompts"):
+    with pytest.raises(TeacherError, match="50 of 100 prompts"):
         TextTeacher(answer, name="n", workers=1)([str(n) for n in range(100)])
 
 
@@ -349,19 +349,19 @@ def test_other_settings_are_another_teacher(server: ChatServerState, tmp_path: P
 
 def test_a_budget_covers_all_or_asks_nothing(server: ChatServerState) -> None:
     teacher = TextTeacher(chat(server), budget=2)
-    with pytest.raises(TextTeacherError, match=r"3 prompts .* budget is 2"):
+    with pytest.raises(TeacherError, match=r"3 prompts .* budget is 2"):
         teacher(["a", "b", "c"])
     assert not server.requests
     assert teacher(["a", "b", "a"]) == ["A", "B", "A"]
     assert teacher(["a"]) == ["A"]
-    with pytest.raises(TextTeacherError, match="Raise the budget"):
+    with pytest.raises(TeacherError, match="Raise the budget"):
         teacher(["c"])
 
 
 def test_a_failed_call_is_counted(server: ChatServerState) -> None:
     teacher = TextTeacher(chat(server, retries=0), budget=3)
     server.plan = ["garbage"]
-    with pytest.raises(TextTeacherError, match="1 of 2"):
+    with pytest.raises(TeacherError, match="1 of 2"):
         teacher(["a", "b"])
     assert teacher.calls == 2
     assert teacher(["a", "b"]) == ["A", "B"]
@@ -383,7 +383,7 @@ def test_two_threads_do_not_spend_one_budget_twice() -> None:
         try:
             teacher([f"{letter}{n}" for n in range(5)])
             outcomes.append("all")
-        except TextTeacherError as error:
+        except TeacherError as error:
             outcomes.append(str(error))
 
     threads = [threading.Thread(target=ask, args=(letter,)) for letter in "ab"]
@@ -404,7 +404,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
         TextTeacher(str.upper, name="n", budget=-1)
     with pytest.raises(ConfigurationError, match=r"Pass \[prompt\]"):
         TextTeacher(str.upper, name="n")("a text")
-    with pytest.raises(TextTeacherError, match="a NoneType, not text"):
+    with pytest.raises(TeacherError, match="a NoneType, not text"):
         TextTeacher(lambda prompt: None, name="n")(["a"])  # type: ignore[arg-type, return-value]
 
 

@@ -40,8 +40,10 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class Recorded(Protocol):
-    """A teacher whose outputs were taken before, for the rows of the data and no others."""
+    """A teacher that is known in part, or elsewhere: its logits are completed beside the student's."""
 
+    fixed: bool
+    """Whether it knows the rows of the data and no others."""
     columns: frozenset[str]
     """Of the batch, that it reads and the student never sees."""
 

@@ -73,6 +73,8 @@ class CacheTeacher:
         MismatchError: for an example that is not there after the first epoch, or without a model.
     """
 
+    fixed = True
+
     def __init__(
         self,
         folder: str | Path,

@@ -10,25 +10,19 @@ import hashlib
 import json
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Protocol
 
 import requests
-from urllib3.exceptions import InvalidHeader
-from urllib3.util import Retry
 
 from hf_compress import files
-from hf_compress.errors import ConfigurationError, ForeignFileError, TextTeacherError
+from hf_compress.errors import ConfigurationError, ForeignFileError, TeacherError
+from hf_compress.teachers.endpoint import Endpoint
 
-PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
-PASSING_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-"""What a further try may mend."""
 FAILURES_IN_A_ROW = 8
 """After so many (and twice the calls at a time) nobody is taken to be there, and nothing more is asked."""
 
@@ -40,49 +34,21 @@ class Answer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatServer:
-    """A server that speaks the OpenAI chat protocol, e.g. vLLM's.
+class ChatServer(Endpoint):
+    """A server with an OpenAI-compatible chat endpoint. Another answer than a whole completion raises; an empty one is
+    an answer."""
 
-    The key goes to that server alone: no redirect is followed, over plain http no proxy of the environment is used, and
-    `.netrc` is not read. Another answer than a whole completion raises; an empty one is an answer.
-    """
-
-    url: str
-    """Base address, e.g. "http://127.0.0.1:8000/v1"."""
-    model: str
     temperature: float = 0.0
     max_tokens: int = 512
     """Of an answer; one that is cut there is an error and not kept."""
     system: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    timeout: float = 60.0
-    """Seconds without a byte from the server after which a try is given up."""
-    retries: int = 3
-    """Further tries after 408, 425, 429, 5xx, broken connections and timeouts."""
-    backoff: float = 1.0
-    """Seconds before the first further try, doubled each time; a longer wait that the server asks for is kept."""
-    longest_wait: float = 120.0
-    """Seconds; a server that asks for a longer wait is given up at once."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise ConfigurationError(  # without the address: it may hold a password
-                "ChatServer: url must be a plain http or https address such as 'http://127.0.0.1:8000/v1', without a "
-                "user, a password or a query. A key goes into api_key=…."
-            )
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise ConfigurationError("ChatServer: api_key must be printable ASCII, without a line break at its end.")
-        numbers = (self.temperature, self.backoff, self.longest_wait, self.timeout)
-        if not all(0 <= number < math.inf for number in numbers) or self.timeout == 0:
+        super().__post_init__()
+        if not 0 <= self.temperature < math.inf or self.max_tokens < 1:
             raise ConfigurationError(
-                "ChatServer: temperature, backoff, longest_wait and timeout must be finite and not negative, the last "
-                f"above 0, got {numbers}."
-            )
-        if self.max_tokens < 1 or self.retries < 0:
-            raise ConfigurationError(
-                f"ChatServer: max_tokens must be above 0 and retries not negative, got {self.max_tokens} and "
-                f"{self.retries}."
+                "ChatServer: temperature must be finite and not negative and max_tokens above 0, got "
+                f"{self.temperature} and {self.max_tokens}."
             )
 
     def identity(self) -> str:
@@ -97,64 +63,16 @@ class ChatServer:
             "max_tokens": self.max_tokens,
             "messages": [*messages, {"role": "user", "content": prompt}],
         }
-        with requests.Session() as session:
-            session.trust_env = urlsplit(self.url).scheme == "https"  # through a proxy, plain http shows it the key
-            session.auth = self._authorize
-            for number in range(1 + self.retries):
-                said, asked = self._try(session, body)
-                if asked is None:
-                    return said
-                if number < self.retries:
-                    time.sleep(max(asked, min(self.backoff * 2**number, self.longest_wait)))
-        raise TextTeacherError(
-            f"the text teacher {self.model!r} did not answer after {1 + self.retries} tries ({said}). Check that its "
-            "server runs; answers so far are in the cache."
-        )
-
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.api_key is not None:
-            request.headers["authorization"] = f"Bearer {self.api_key}"
-        return request
-
-    def _try(self, session: requests.Session, body: dict[str, Any]) -> tuple[str, float | None]:
-        """(answer, None), or what went wrong and the seconds that the server asks to wait."""
-        problem, again = "", False
-        try:
-            reply = session.post(
-                f"{self.url.rstrip('/')}/chat/completions", json=body, timeout=self.timeout, allow_redirects=False
-            )
-        except requests.RequestException as error:
-            problem, again = type(error).__name__, isinstance(error, PASSING_ERRORS)
-        if again:
-            return problem, 0.0
-        if problem:  # outside the handler: the error that is left behind holds the request and so the key
-            raise TextTeacherError(f"the text teacher {self.model!r} cannot be asked ({problem}). Check its settings.")
-        if reply.status_code not in PASSING_STATUS:
-            return self._content(reply), None
-        asked = _asked_wait(reply)
-        if asked > self.longest_wait:
-            raise TextTeacherError(
-                f"the text teacher's server said {reply.status_code} and asks to wait {asked:.0f} seconds, more than "
-                f"longest_wait={self.longest_wait:.0f}. Run again later; answers so far are in the cache."
-            )
-        return f"status {reply.status_code}: {self._shown(reply.text)}", asked
-
-    def _content(self, reply: requests.Response) -> str:
-        if reply.status_code != 200:
-            raise TextTeacherError(f"the text teacher's server said {reply.status_code}: {self._shown(reply.text)}.")
+        reply = self.post("chat/completions", body)
         content, finished = _completion(reply)
         if finished in ("length", "content_filter"):
-            raise TextTeacherError(
+            raise TeacherError(
                 f"the text teacher's answer is not whole: finish_reason {finished!r}, max_tokens={self.max_tokens}. "
                 "Raise max_tokens, or leave that question out."
             )
         if not isinstance(content, str):
-            raise TextTeacherError(f"the text teacher's server sent no chat completion: {self._shown(reply.text)}.")
+            raise TeacherError(f"the text teacher's server sent no chat completion: {self.shown(reply.text)}.")
         return content
-
-    def _shown(self, text: str) -> str:
-        """The start of a server's text, which may repeat the key."""
-        return repr((text.replace(self.api_key, "[api_key]") if self.api_key else text)[:200])
 
 
 def _completion(reply: requests.Response) -> tuple[object, object]:
@@ -164,14 +82,6 @@ def _completion(reply: requests.Response) -> tuple[object, object]:
         return choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None, None
-
-
-def _asked_wait(reply: requests.Response) -> float:
-    """Seconds, from a Retry-After of seconds or of a date; 0 without one, or with one that cannot be read."""
-    try:
-        return float(Retry().parse_retry_after(reply.headers.get("retry-after", "0")))
-    except (InvalidHeader, OverflowError, ValueError):
-        return 0.0
 
 
 class TextTeacher:
@@ -226,7 +136,7 @@ class TextTeacher:
             progress: called with the number of answers that came in this call, cached ones left out.
 
         Raises:
-            TextTeacherError: if calls failed for good (what the others gave is in the cache), or the budget does not
+            TeacherError: if calls failed for good (what the others gave is in the cache), or the budget does not
                 cover what is not cached (nothing is asked).
             ForeignFileError: if a cached answer is damaged; nothing is asked.
             ConfigurationError: if `prompts` is one text.
@@ -260,7 +170,7 @@ class TextTeacher:
                     if in_a_row < limit:
                         running |= {pool.submit(self._ask, further): further for further in islice(queue, 1)}
         if errors:
-            raise TextTeacherError(
+            raise TeacherError(
                 f"{len(wanted) - len(found)} of {len(wanted)} prompts have no answer; the others' are kept. "
                 f"The first error is {type(errors[0]).__name__}: {errors[0]}"
             ) from errors[0]
@@ -275,12 +185,12 @@ class TextTeacher:
             self.calls += 1
         answer = self.answer(prompt)
         if not isinstance(answer, str):
-            raise TextTeacherError(f"the text teacher's answer is a {type(answer).__name__}, not text.")
+            raise TeacherError(f"the text teacher's answer is a {type(answer).__name__}, not text.")
         self._write(prompt, answer)
         return answer
 
-    def _spent(self, wanted: int) -> TextTeacherError:
-        return TextTeacherError(
+    def _spent(self, wanted: int) -> TeacherError:
+        return TeacherError(
             f"{wanted} prompts have no cached answer, {self.calls} calls were made and the budget is {self.budget}. "
             "Raise the budget or ask for fewer."
         )

@@ -264,7 +264,7 @@ def llmlingua2(
 
     Raises:
         ConfigurationError: if no text has a word, nothing passes the controls, or a setting is out of range.
-        TextTeacherError: from the teacher; what it has answered is in its cache.
+        TeacherError: from the teacher; what it has answered is in its cache.
     """
     if window < 1 or not 0 <= percentile <= 100:
         raise ConfigurationError(
