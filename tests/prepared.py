@@ -50,15 +50,17 @@ SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 
 PREPARED: Mapping[str, Mapping[str, Any]] = {
     "ddk": {"prepare": in_domains, "settings": {"K": 1}},
     "acm": {"student": acm, "elsewhere": frozenset({"cumulated", "gate_labels"})},
+    "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
+    "dmae": {"elsewhere": frozenset({"grid_positions"})},
     "dparallel": {
         "prepare": with_prompts,
         "settings": {"mask_token_id": testing.VOCAB - 1, "block": 4},
-        "elsewhere": frozenset({"unmask"}),
+        "elsewhere": frozenset({"sureness", "unmask", "unmask_some", "tokens_each_step"}),
     },
     "alm": {
         "prepare": for_two_models,
         "settings": {"spaces": SPACES},
-        "elsewhere": frozenset({"align", "space_mask", "latents", "gradient_weights"}),
+        "elsewhere": frozenset({"latents", "gradient_weights"}),
     },
 }
 """Fields of `testing.Case`, by method."""

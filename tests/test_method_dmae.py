@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_compress_plugins.vision.dmae import DMAE, block_at, dmae, patch_noise
+from hf_compress_plugins.vision.dmae import DMAE, block_at, dmae, grid_positions, masked_student, patch_noise
 from torch import Tensor, nn
 from transformers import ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
@@ -135,3 +135,49 @@ def test_the_encoder_classifies_and_exports_with_parity(tmp_path: Path) -> None:
     classifier.save_pretrained(tmp_path / "classifier")
     export_onnx(tmp_path / "classifier")
     assert (tmp_path / "classifier/onnx/model.onnx").exists()
+
+
+def test_positions_by_hand() -> None:
+    """Width 8, two frequencies 1 and 1/100; patch 5 of a grid of 3 stands in column 2, row 1."""
+    found = grid_positions(3, 8)
+    assert found.shape == (1, 10, 8)
+    assert not found[0, 0].any()
+    angles = torch.tensor([2.0, 0.02]), torch.tensor([1.0, 0.01])
+    expected = torch.cat([wave for place in angles for wave in (place.sin(), place.cos())])
+    torch.testing.assert_close(found[0, 6], expected)
+    with pytest.raises(ConfigurationError, match="multiple of 4"):
+        grid_positions(3, 6)
+
+
+def test_positions_are_those_of_published_weights() -> None:
+    """transformers keeps the layout in which the authors' weights were trained: columns first."""
+    from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
+
+    theirs = build_2d_sinusoidal_position_embedding(height=4, width=4, embed_dim=16, cls_token=True)
+    torch.testing.assert_close(grid_positions(4, 16)[0], torch.cat([theirs[..., 8:], theirs[..., :8]], -1))
+
+
+def test_a_new_student_sees_what_the_teacher_sees_and_knows_where() -> None:
+    teacher = testing.models(CASE.task)[1]
+    made = masked_student(teacher, config={"hidden_size": 16, "num_hidden_layers": 1})
+    assert (made.config.hidden_size, made.config.image_size) == (16, teacher.config.image_size)
+    assert made.config.mask_ratio == teacher.config.mask_ratio
+    torch.testing.assert_close(made.vit.embeddings.position_embeddings, grid_positions(4, 16))
+    torch.testing.assert_close(made.decoder.decoder_pos_embed, grid_positions(4, 16))
+    with pytest.raises(MismatchError, match="ViTMAE"):
+        masked_student(testing.models("image-classification")[0])
+
+
+def test_a_student_that_cannot_tell_patches_apart_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for student, reported in ((masked_student(testing.models(CASE.task)[0]), False), (None, True)):
+        trainer, teacher = testing.trainer(CASE, tmp_path)
+        student = student or testing.models(CASE.task)[0]
+        if reported:
+            student.vit.embeddings.position_embeddings.data.zero_()
+        made = type(trainer)(
+            model=student, args=trainer.args, train_dataset=trainer.train_dataset, data_collator=testing.collate,
+            callbacks=[DistillCallback(teacher, "dmae")],
+        )  # fmt: skip
+        caplog.clear()
+        made.train()
+        assert ("position embeddings are all zero" in caplog.text) == reported

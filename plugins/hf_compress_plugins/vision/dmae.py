@@ -9,21 +9,31 @@ Both encoders see the same visible patches: one noise a batch decides which. f a
 three quarters of the depth, the class token included; norm divides each token by its Euclidean length. L_rec is the
 student's own reconstruction loss, weight 1. The teacher carries no gradient and stops after its block. Without a
 projector, which needs one width, the states are compared as they are, as in the authors' code.
+
+Some releases of transformers leave the fixed position embeddings of a new ViTMAE at zero (5.24 does), with which
+neither masking nor reconstruction knows where a patch is. `masked_student` makes one that has them.
+
+    student = masked_student(teacher, config={"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6})
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import Inputs, Needs, Objective, Shapes, Signals, Sizes, Step, require_one_shape
 from hf_compress.registry import Method
 from hf_compress.taps import unwrap
+
+logger = logging.getLogger(__name__)
 
 NOISE = "noise"
 """Input of a masked autoencoder's forward: (image, patch); the smallest are visible."""
@@ -79,6 +89,43 @@ def dmae(student: Tensor, teacher: Tensor, *, distance: Literal["L1", "L2"], nor
     return (difference.abs() if distance == "L1" else difference.square()).mean((1, 2))
 
 
+def grid_positions(side: int, dim: int) -> Tensor:
+    """(1, 1 + side², dim) the fixed position embeddings of masked autoencoders; the class token's is zero.
+
+    The first half of a patch's is sines, then cosines of its column, the second half those of its row, at frequencies
+    10000^(-4 j / dim), j = 0 … dim / 4 - 1; patches row by row.
+
+    Raises:
+        ConfigurationError: if dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise ConfigurationError(f"dmae: position embeddings need a width that is a multiple of 4, got {dim}.")
+    angles = torch.arange(side)[:, None] * 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    places = torch.arange(side**2)
+    patches = torch.cat([waves[places % side], waves[places // side]], 1)
+    return torch.cat([torch.zeros(1, dim), patches])[None]
+
+
+def masked_student(teacher: PreTrainedModel, *, config: Mapping[str, Any] | None = None) -> ViTMAEForPreTraining:
+    """An untrained masked autoencoder that sees what the teacher sees.
+
+    Args:
+        teacher: a ViTMAE.
+        config: what differs from the teacher's config: widths, layers, heads, decoder.
+
+    Raises:
+        MismatchError: for a teacher of another architecture.
+    """
+    if not isinstance(teacher.config, ViTMAEConfig):
+        raise MismatchError(f"dmae: the teacher must be a masked autoencoder (ViTMAE), got {type(teacher).__name__}.")
+    settings = {k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "architectures")}
+    student = ViTMAEForPreTraining(ViTMAEConfig(**settings | dict(config or {})))
+    for positions in (student.vit.embeddings.position_embeddings, student.decoder.decoder_pos_embed):
+        positions.data.copy_(grid_positions(int((positions.shape[1] - 1) ** 0.5), positions.shape[2]))
+    return student
+
+
 def block_at(layer: int | None, depth: int, whose: str) -> int:
     """The block that is compared: the given one, or that at three quarters of the depth.
 
@@ -127,7 +174,13 @@ class DMAE(Objective):
             self.projection = nn.Linear(student[self.taps[0]][-1], teacher[self.taps[1]][-1])
 
     def batch(self, inputs: Inputs, step: Step) -> Inputs:
-        config = unwrap(step.student).config
+        student = unwrap(step.student)
+        if step.global_step == step.micro == 0 and not student.vit.embeddings.position_embeddings.any():
+            logger.warning(
+                "dmae: the student's position embeddings are all zero, so that it cannot tell patches apart. Make it "
+                "with masked_student(teacher, config=…)."
+            )
+        config = student.config
         pixels = inputs["pixel_values"]
         patches = (pixels.shape[-2] // config.patch_size) * (pixels.shape[-1] // config.patch_size)
         return inputs | {NOISE: patch_noise(len(pixels), patches, step.generator)}
@@ -155,4 +208,5 @@ METHOD = Method(
 }""",
     tasks=("image-feature-extraction",),
     objective=DMAE,
+    student=masked_student,
 )
