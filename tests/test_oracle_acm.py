@@ -6,7 +6,14 @@ import oracle
 import pytest
 import torch
 from hf_compress_plugins.encoders._modeling_acm_vit import ACMBlock, ACMViTConfig
-from hf_compress_plugins.encoders.acm import choice_diversity, choice_entropy, cumulated, gate_labels, spent
+from hf_compress_plugins.encoders.acm import (
+    budget_loss,
+    choice_diversity,
+    choice_entropy,
+    cumulated,
+    gate_labels,
+    spent,
+)
 from torch import Tensor
 
 EXACT = {"rtol": 1e-6, "atol": 1e-9}
@@ -44,6 +51,13 @@ def test_the_chosen_number_of_learners_runs() -> None:
         made.fixed = chosen
         rows = choices == chosen
         torch.testing.assert_close(made(inputs[rows]).detach(), data["gated.intended_output"][rows], **EXACT)
+
+
+def test_their_code_leaves_out_the_last_learner_of_the_largest_choice() -> None:
+    data, made = oracle.load("acm"), block()
+    inputs, choices = data["x"].flatten(0, 1), data["gated.choices"].clamp(max=2)
+    found = torch.stack([cumulated(made.each(x), detach=False)[k] for x, k in zip(inputs, choices, strict=True)])
+    torch.testing.assert_close(found.detach(), data["gated.reference_output"], **EXACT)
 
 
 def errors() -> Tensor:
@@ -84,13 +98,16 @@ def test_the_losses_on_choices() -> None:
     choices = [data[f"stage3.gate_probs_{name}"].clone().requires_grad_() for name in "ab"]
     for name, choice in zip("ab", choices, strict=True):
         torch.testing.assert_close(data[f"stage3.gate_logits_{name}"].softmax(-1), choice.detach(), **EXACT)
-    routing = (spent(choices, [10.0, 30.0]) - 0.4).abs()
-    entropy, diversity = choice_entropy(choices), choice_diversity(choices)
+    share = spent(choices, [10.0, 30.0], [0, 0])
+    routing = budget_loss(share, 0.4, distance="absolute")
+    entropy, diversity = choice_entropy(choices), choice_diversity(choices, [0, 0])
     total = 0.1 * routing + 0.05 * entropy + 0.05 * diversity
     total.backward()
 
     torch.testing.assert_close(routing.detach(), data["stage3.routing_l1"], **EXACT)
-    torch.testing.assert_close(routing.detach().square(), data["stage3.routing_l2"], **EXACT)
+    for distance, name in (("squared", "routing_l2"), ("squared and scaled", "routing_l2_scaled")):
+        value = budget_loss(share, 0.4, distance=distance).detach()
+        torch.testing.assert_close(value, data[f"stage3.{name}"], **EXACT)
     torch.testing.assert_close(entropy.detach(), data["stage3.entropy"], **EXACT)
     torch.testing.assert_close(diversity.detach(), data["stage3.diversity"], **EXACT)
     torch.testing.assert_close(total.detach(), data["stage3.total_l1"], **EXACT)

@@ -1,4 +1,4 @@
-"""A vision transformer whose feed-forward blocks spend more or less width on each token."""
+"""A vision transformer whose linear blocks spend more or less width on each token."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
 
 class ACMViTConfig(ViTConfig):  # type: ignore[misc]  # transformers is not typed for mypy
     """A ViT's config with what its blocks are made of.
 
     Args:
-        learners: parts of each feed-forward block.
-        learner_size: hidden width of each; None: the block's width divided by `learners`.
+        learners: parts of each block.
+        learner_size: hidden width of each in feed-forward blocks; None: the block's width divided by `learners`.
+        projections: whether the attention's projections are made of learners too.
+        projection_size: hidden width of each learner there; None: all cost together what the projection did.
+        projection_activation: "identity" or "gelu", between the two layers of a learner there.
         gate_size: hidden width of the gates.
         gate_temperature: of the Gumbel softmax in training.
     """
@@ -25,40 +30,64 @@ class ACMViTConfig(ViTConfig):  # type: ignore[misc]  # transformers is not type
         self,
         learners: int = 4,
         learner_size: int | None = None,
+        projections: bool = True,
+        projection_size: int | None = None,
+        projection_activation: str = "identity",
         gate_size: int = 16,
         gate_temperature: float = 0.8,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.learners, self.learner_size = learners, learner_size
+        self.projections, self.projection_size = projections, projection_size
+        self.projection_activation = projection_activation
         self.gate_size, self.gate_temperature = gate_size, gate_temperature
 
 
 class ACMBlock(nn.Module):
-    """Sum of the first k of N small perceptrons, k chosen for each token; 0 … N."""
+    """Sum of the first k of N small perceptrons, k chosen for each token.
 
-    def __init__(self, config: ACMViTConfig) -> None:
+    Args:
+        config: of the model.
+        projection: of the attention: k ≥ 1, as no residual connection surrounds it; otherwise k ≥ 0.
+    """
+
+    def __init__(self, config: ACMViTConfig, *, projection: bool = False) -> None:
         super().__init__()
-        width, self.count = config.hidden_size, config.learners
-        self.size = config.learner_size or round(config.intermediate_size / config.learners)
+        width, self.count, self.lowest = config.hidden_size, config.learners, int(projection)
+        self.width: int = width
+        full = (width**2 + width) / (2 * width + 1) if projection else config.intermediate_size
+        chosen = config.projection_size if projection else config.learner_size
+        self.size: int = chosen or max(round(full / config.learners), 1)
+        self.linear = projection and config.projection_activation == "identity"
         self.temperature = config.gate_temperature
         self.learners = nn.ModuleDict()
         self.learners["up"] = nn.Linear(width, self.count * self.size)
         self.learners["down"] = nn.Linear(self.count * self.size, width, bias=False)
         self.gate = nn.Sequential(
             nn.Linear(width, config.gate_size), nn.Linear(config.gate_size, config.gate_size),
-            nn.Linear(config.gate_size, self.count + 1),
+            nn.Linear(config.gate_size, self.count + 1 - self.lowest),
         )  # fmt: skip
         self.route = nn.Identity()
         self.fixed: int | None = None
         """One number of learners for all tokens instead of the gate's."""
 
+    @property
+    def cost(self) -> int:
+        """Multiplications of one learner for one token."""
+        return 2 * self.size * self.width
+
+    def hidden(self, states: torch.Tensor) -> torch.Tensor:
+        """(…, learner, size) between the two layers of each learner."""
+        found: torch.Tensor = self.learners["up"](states)
+        if not self.linear:
+            found = nn.functional.gelu(found)
+        return found.reshape(*states.shape[:-1], self.count, self.size)
+
     def each(self, states: torch.Tensor) -> torch.Tensor:
         """(…, learner, width) what each learner gives alone."""
-        hidden = nn.functional.gelu(self.learners["up"](states))
-        hidden = hidden.reshape(*states.shape[:-1], self.count, self.size)
         weight: torch.Tensor = self.learners["down"].get_parameter("weight").T
-        return torch.einsum("...nh,nhd->...nd", hidden, weight.reshape(self.count, self.size, -1))
+        return torch.einsum("...nh,nhd->...nd", self.hidden(states), weight.reshape(self.count, self.size, -1))
 
     def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """(…, width): dense, the learners that a token does not take are multiplied by 0."""
@@ -68,15 +97,16 @@ class ACMBlock(nn.Module):
         if self.training:
             choice = nn.functional.gumbel_softmax(logits, tau=self.temperature, hard=True)
         else:
-            choice = nn.functional.one_hot(logits.argmax(-1), self.count + 1).to(logits.dtype)
+            choice = nn.functional.one_hot(logits.argmax(-1), self.count + 1 - self.lowest).to(logits.dtype)
         choice = self.route(choice)
-        taken = choice.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # learner n is taken by every choice k ≥ n
-        found: torch.Tensor = (self.each(states) * taken[..., None]).sum(-2)
+        taken = choice.flip(-1).cumsum(-1).flip(-1)  # learner n is taken by every choice k ≥ n
+        hidden = self.hidden(states) * taken[..., 1 - self.lowest :, None]
+        found: torch.Tensor = self.learners["down"](hidden.flatten(-2))
         return found
 
 
 class ACMViTForImageClassification(ViTForImageClassification):  # type: ignore[misc]  # transformers is not typed
-    """A ViT classifier with `ACMBlock` for every feed-forward block."""
+    """A ViT classifier with `ACMBlock` for every feed-forward block and, where asked, projection."""
 
     config_class = ACMViTConfig
 
@@ -84,6 +114,8 @@ class ACMViTForImageClassification(ViTForImageClassification):  # type: ignore[m
         super().__init__(config)
         for layer in self.vit.layers:
             layer.mlp = ACMBlock(config)
+            for name in PROJECTIONS if config.projections else ():
+                setattr(layer.attention, name, ACMBlock(config, projection=True))
         self.post_init()
 
 

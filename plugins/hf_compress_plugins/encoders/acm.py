@@ -14,9 +14,12 @@ Efficient Inference, AAAI 2025, arXiv:2312.10193.
 In 1 the value is the running sum but learner k gets the gradient of choice k alone ("detach"), as in the authors' runs.
 The teacher's blocks are frozen; the modules of 1 and 2 are called on its inputs, outside the student's own forward.
 
+A block is a feed-forward block, or a projection q, k, v or o of the attention, whose learners are linear as in the
+authors' runs and k ≥ 1, as nothing surrounds it that would let a token pass; its N learners together cost what it did.
+
 Differences from the authors' code: k learners run where k are chosen (the code runs one fewer than the most); labels
 follow the paper's n ≥ 2; the gates learn from their softmax, not from a hard sample; the task's gradient reaches them
-by straight-through. Feed-forward blocks are replaced, projections of the attention are not.
+by straight-through. Vision transformers alone are rebuilt; the authors' speech model is not.
 
     student = acm(teacher, config={"learners": 4});  run_stages(RECIPE, student, folder, Surroundings(…))
 """
@@ -26,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +40,17 @@ from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import Needs, Objective, Signals, Sizes, Step
 from hf_compress.registry import Method
 from hf_compress.taps import unwrap
-from hf_compress_plugins.encoders._modeling_acm_vit import ACMBlock, ACMViTConfig, ACMViTForImageClassification
+from hf_compress_plugins.encoders._modeling_acm_vit import (
+    PROJECTIONS,
+    ACMBlock,
+    ACMViTConfig,
+    ACMViTForImageClassification,
+)
 
 Phase = Literal["learners", "gates", "joint"]
-BLOCK = "vit.layers.{}.mlp"
+Distance = Literal["absolute", "squared", "squared and scaled"]
+SCALE = 1e4
+"""Of the squared distance, as an option of the authors' code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +63,8 @@ class ACMConfig:
     """Of 2: a learner pays if it lowers the error by more than this factor."""
     budget: float = 0.5
     """β, 0 … 1, share of the blocks' full cost; 0.25 to 0.75 in the paper."""
+    budget_distance: Distance = "absolute"
+    """Of the spent share from β; squared, and that times 10,000, are options of the authors' code."""
     budget_weight: float = 0.1
     """Of | spent - β |."""
     entropy_weight: float = 0.05
@@ -67,9 +79,11 @@ class ACMConfig:
             self.phase not in ("learners", "gates", "joint")
             or not 0 <= self.budget <= 1
             or not 1 <= self.factor < math.inf
+            or self.budget_distance not in get_args(Distance)
         ):
             raise ConfigurationError(
-                f"acm: phase must be learners, gates or joint, budget in 0 … 1 and factor at least 1, got {self}."
+                "acm: phase must be learners, gates or joint, budget in 0 … 1, factor at least 1 and budget_distance "
+                f"one of {get_args(Distance)}, got {self}."
             )
 
 
@@ -94,11 +108,26 @@ def gate_labels(errors: Tensor, *, factor: float) -> Tensor:
     return first
 
 
-def spent(choices: list[Tensor], costs: list[float]) -> Tensor:
-    """() share of the full cost, from gates' (batch, token, choice) probabilities and the cost of a learner of each."""
-    full = sum(cost * (choice.shape[-1] - 1) for choice, cost in zip(choices, costs, strict=True))
-    used = [cost * (choice * _numbers(choice)).sum(-1).mean() for choice, cost in zip(choices, costs, strict=True)]
+def spent(choices: list[Tensor], costs: list[float], lowest: list[int]) -> Tensor:
+    """() share of the full cost.
+
+    Args:
+        choices: of each module the gate's (batch, token, choice) probabilities.
+        costs: of one learner of each.
+        lowest: learners of the first choice of each: 0, or 1 where a token needs one.
+    """
+    full, used = 0.0, []
+    for choice, cost, least in zip(choices, costs, lowest, strict=True):
+        full += cost * (choice.shape[-1] - 1 + least)
+        used.append(cost * (choice * _numbers(choice, least)).sum(-1).mean())
     return torch.stack(used).sum() / full
+
+
+def budget_loss(share: Tensor, budget: float, *, distance: Distance) -> Tensor:
+    """How far the spent share is from the budget β, both 0 … 1; shapes stay."""
+    if distance == "absolute":
+        return (share - budget).abs()
+    return (share - budget).square() * (SCALE if distance == "squared and scaled" else 1.0)
 
 
 def choice_entropy(choices: list[Tensor]) -> Tensor:
@@ -112,22 +141,29 @@ def choice_entropy(choices: list[Tensor]) -> Tensor:
     return torch.stack(found).mean()
 
 
-def choice_diversity(choices: list[Tensor]) -> Tensor:
+def choice_diversity(choices: list[Tensor], lowest: list[int]) -> Tensor:
     """() minus twice the mean difference of two samples' mean choice (over tokens, modules and choices)."""
-    means = torch.stack([(choice * _numbers(choice)).mean((1, 2)) for choice in choices]).mean(0)
+    each = [(choice * _numbers(choice, least)).mean((1, 2)) for choice, least in zip(choices, lowest, strict=True)]
+    means = torch.stack(each).mean(0)
     return -2 * (means[:, None] - means[None, :]).abs().mean()
 
 
-def _numbers(choice: Tensor) -> Tensor:
-    return torch.arange(choice.shape[-1], dtype=choice.dtype, device=choice.device)
+def _numbers(choice: Tensor, lowest: int) -> Tensor:
+    return torch.arange(choice.shape[-1], dtype=choice.dtype, device=choice.device) + lowest
+
+
+def modules(layers: int, *, projections: bool) -> list[str]:
+    """Names of what is replaced, in the teacher and in the student."""
+    parts = ("mlp", *(f"attention.{name}" for name in PROJECTIONS if projections))
+    return [f"vit.layers.{layer}.{part}" for layer in range(layers) for part in parts]
 
 
 def acm(teacher: PreTrainedModel, *, config: Mapping[str, Any] | None = None) -> ACMViTForImageClassification:
-    """A student with the teacher's weights everywhere but in its feed-forward blocks, which are modules.
+    """A student with the teacher's weights everywhere but in its blocks, which are modules.
 
     Args:
         teacher: a `ViTForImageClassification`.
-        config: `learners`, `learner_size`, `gate_size`, `gate_temperature` of the modules.
+        config: what the modules are, see `ACMViTConfig`; `projections` False: of the feed-forward blocks alone.
 
     Raises:
         MismatchError: for another architecture.
@@ -148,7 +184,7 @@ class ACM(Objective):
     task_weight: ClassVar[float | None] = 1.0
 
     def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
-        self.names = [BLOCK.format(layer) for layer in range(student.layers)]
+        self.names = modules(student.layers, projections=getattr(student.config, "projections", False))
         if self.config.phase == "joint":
             return Needs(
                 student=frozenset(f"output:{name}.route" for name in self.names), teacher=None, mean_over="batch"
@@ -177,22 +213,24 @@ class ACM(Objective):
         assert isinstance(block, ACMBlock)  # forward has checked
         inputs = inputs.to(next(block.parameters()).dtype)
         if self.config.phase == "learners":
-            every = cumulated(block.each(inputs), detach=self.config.detach)
+            every = cumulated(block.each(inputs), detach=self.config.detach)[..., block.lowest :, :]
             return (every - outputs[..., None, :]).square().mean((1, 2, 3))
         with torch.no_grad():
             errors = (cumulated(block.each(inputs), detach=False) - outputs[..., None, :]).norm(dim=-1)
-            labels = gate_labels(errors, factor=self.config.factor)
+            labels = gate_labels(errors, factor=self.config.factor) - block.lowest
         logits = block.gate(inputs)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
     def _joint(self, choices: list[Tensor], blocks: list[nn.Module]) -> Mapping[str, Tensor]:
         settings = self.config
         choices = [choice.to(torch.promote_types(choice.dtype, torch.float32)).clamp(0, 1) for choice in choices]
-        costs = [float(block.size) for block in blocks if isinstance(block, ACMBlock)]
+        made = [block for block in blocks if isinstance(block, ACMBlock)]
+        costs, lowest = [float(block.cost) for block in made], [block.lowest for block in made]
+        distance = budget_loss(spent(choices, costs, lowest), settings.budget, distance=settings.budget_distance)
         return {
-            "budget": settings.budget_weight * (spent(choices, costs) - settings.budget).abs(),
+            "budget": settings.budget_weight * distance,
             "entropy": settings.entropy_weight * choice_entropy(choices),
-            "diversity": settings.diversity_weight * choice_diversity(choices),
+            "diversity": settings.diversity_weight * choice_diversity(choices, lowest),
         }
 
 
@@ -204,7 +242,7 @@ RECIPE: Mapping[str, Any] = {
             "data": "train",
             "methods": ({"name": "acm", "phase": "learners"},),
             "labels": False,
-            "trainable": r"\.mlp\.learners\.",
+            "trainable": r"\.learners\.",
             "arguments": {"learning_rate": 1e-3},
         },
         {
@@ -213,7 +251,7 @@ RECIPE: Mapping[str, Any] = {
             "data": "train",
             "methods": ({"name": "acm", "phase": "gates"},),
             "labels": False,
-            "trainable": r"\.mlp\.gate\.",
+            "trainable": r"\.gate\.",
             "arguments": {"learning_rate": 1e-2},
         },
         {
@@ -235,7 +273,7 @@ METHOD = Method(
     paper="arXiv:2312.10193",
     authors="Bartosz Wójcik, Alessio Devoto, Karol Pustelnik, Pasquale Minervini, Simone Scardapane",
     year=2025,
-    summary="A trained vision transformer learns to spend less of its feed-forward blocks on tokens that need less.",
+    summary="A trained vision transformer learns to spend less of its blocks' width on tokens that need less.",
     bibtex="""@inproceedings{wojcik2025adaptive,
   title = {Adaptive Computation Modules: Granular Conditional Computation for Efficient Inference},
   author = {Wójcik, Bartosz and Devoto, Alessio and Pustelnik, Karol and Minervini, Pasquale and
