@@ -65,14 +65,23 @@ def check_apart(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
+def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes, processing_class: Any = None) -> int | None:
     """Refuses a teacher whose classes are not the student's, where logits are compared.
+
+    Args:
+        needs: of the methods.
+        student: the one side.
+        teacher: the other.
+        processing_class: the Trainer's; its tokenizer tells which part of two padded vocabularies is real.
+
+    Returns:
+        how many of the classes both have, where one vocabulary is padded further than the other; else None.
 
     Raises:
         MismatchError: naming both sides and the way out.
     """
     if not any(need.same_tokens and need.teacher and "logits" in need.teacher for need in needs):
-        return
+        return None
     if student.kind != teacher.kind:
         raise MismatchError(
             f"the student's outputs are {student.kind!r}, the teacher's {teacher.kind!r}. Use a teacher with the same "
@@ -80,10 +89,14 @@ def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
         )
     known = all(size.vocab or size.config is not None for size in (student, teacher))
     if known and student.vocab != teacher.vocab:
+        real = _real(processing_class)
+        if all(real is not None and real <= size.vocab == _embedded(size) for size in (student, teacher)):
+            return real
         what = "labels" if student.kind in ("rows", "labels") else "classes or vocabulary entries"
         raise MismatchError(
             f"the student has {student.vocab} {what}, the teacher {teacher.vocab}. Give both one label set or "
-            "vocabulary (shrink(teacher, layers=…) keeps it), or use a method on hidden states: method='features'."
+            "vocabulary (shrink(teacher, layers=…) keeps it), the Trainer a processing_class if they are only padded "
+            "otherwise, or use a method on hidden states: method='features'."
         )
     names = [getattr(size.config, "id2label", None) or {} for size in (student, teacher)]
     if student.kind in ("rows", "labels", "tokens") and all(names) and len(names[0]) == student.vocab:
@@ -93,6 +106,13 @@ def check_pair(needs: Sequence[Needs], student: Sizes, teacher: Sizes) -> None:
                 f"the label orders differ: student {names[0]}, teacher {names[1]}. Set the student's config.id2label "
                 "to the teacher's and map the data's labels accordingly."
             )
+    return None
+
+
+def _real(processing_class: Any) -> int | None:
+    """How many token ids a tokenizer uses; None without one."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return max(tokenizer.get_vocab().values()) + 1 if hasattr(tokenizer, "get_vocab") else None
 
 
 def check_head(student: Sizes, objectives: Sequence[Objective], needs: Sequence[Needs]) -> None:

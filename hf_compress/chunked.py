@@ -108,6 +108,8 @@ class Apart:
     """None if no objective taps its logits."""
     frozen: Mapping[str, Logits]
     """Further models by role."""
+    classes: int | None = None
+    """How many of the classes, from the first, the methods compare; None: all."""
 
 
 def rows_of(teacher: Teacher, inputs: Inputs) -> tuple[Mapping[str, Tensor], Logits | None]:
@@ -149,10 +151,11 @@ def loss_on_logits(
         index = where.index[place]
         logits = student.of(states)
         labels = None if where.labels is None else where.labels[place]
+        real = logits[..., : apart.classes]
         rows = Rows(
-            student_logits=logits,
-            teacher_logits=None if teacher is None else teacher.rows(index, logits),
-            frozen={role: other.rows(index, logits) for role, other in frozen.items()},
+            student_logits=real,
+            teacher_logits=None if teacher is None else teacher.rows(index, real)[..., : apart.classes],
+            frozen={role: other.rows(index, real)[..., : apart.classes] for role, other in frozen.items()},
             labels=labels,
             example=where.example[place],
         )

@@ -184,6 +184,16 @@ def terms(
     return found
 
 
+def of_classes(signals: Signals, count: int) -> Signals:
+    """Signals whose logits are cut to the first classes: those that padded vocabularies share."""
+
+    def cut(taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tap[..., :count] if name == "logits" else tap for name, tap in taps.items()}
+
+    frozen = {role: cut(taps) for role, taps in signals.frozen.items()}
+    return replace(signals, student=cut(signals.student), teacher=cut(signals.teacher), frozen=frozen)
+
+
 def of_labels(signals: Signals) -> Signals:
     """Signals of multi-label heads, each label's two outcomes a distribution of its own."""
 
@@ -229,10 +239,11 @@ def select_logits(logits: Tensor, where: Positions) -> Tensor:
 
 def whole_logits(rows: Logits, beside: Tensor, where: Positions) -> Tensor:
     """Logits in the shape of the student's, 0 where nothing is scored, of a teacher that gives rows beside them."""
-    found = torch.zeros_like(beside, dtype=torch.promote_types(beside.dtype, torch.float32)).flatten(0, -2)
     check_rows(rows.count, where)
-    found[where.index] = rows.rows(where.index, select_logits(beside, where)).to(found.dtype)
-    return found.view_as(beside)
+    own = rows.rows(where.index, select_logits(beside, where))
+    found = own.new_zeros(where.rows, own.shape[-1])
+    found[where.index] = own
+    return found.view(*beside.shape[:-1], -1)
 
 
 def check_rows(count: int, where: Positions) -> None:

@@ -116,9 +116,9 @@ class Run:
         if self.teacher is None and any(need.teacher is not None for need in self.needs):
             names = [obj.name for obj, need in zip(objectives, self.needs, strict=True) if need.teacher is not None]
             raise ConfigurationError(f"{names} need a teacher: DistillCallback(teacher, method=…).")
-        for other in (self.teacher, *self.frozen.values()):
-            if other is not None:
-                check_pair(self.needs, self.sizes, other.sizes)
+        others = [other for other in (self.teacher, *self.frozen.values()) if other is not None]
+        real = [check_pair(self.needs, self.sizes, other.sizes, trainer.processing_class) for other in others]
+        self._real = next((size for size in real if size is not None), None)
         self._distributions = any(objective.overrides("per_position") for objective in objectives)
         if self._distributions or self.kind == "labels":
             check_head(self.sizes, objectives, self.needs)
@@ -585,9 +585,11 @@ class Run:
             if lazily is not None:
                 whole = d.whole_logits(lazily, student["logits"], signals.positions)
                 signals = replace(signals, teacher={**seen, "logits": whole})
+            if self._real is not None:
+                signals = d.of_classes(signals, self._real)
             return d.of_labels(signals) if self.kind == "labels" else signals, None
         frozen = {role: logits for role, (_, logits) in others.items() if logits is not None}
-        return signals, Apart(student=self.chunking.logits(), teacher=lazily, frozen=frozen)
+        return signals, Apart(student=self.chunking.logits(), teacher=lazily, frozen=frozen, classes=self._real)
 
     def _total(
         self,

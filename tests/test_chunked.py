@@ -14,11 +14,13 @@ import torch
 import toys
 import transformers
 from stub import GradientKeeper
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_compress import DistillCallback, chunked, heads, testing
-from hf_compress.errors import ConfigurationError, NumericalError
+from hf_compress.errors import ConfigurationError, MismatchError, NumericalError
 from hf_compress.heads import Head, Lazy, UnprovenError
 from hf_compress.objective import Needs, Rows, Step, kind_of
 
@@ -103,7 +105,11 @@ def trainer(
 ) -> tuple[Trainer, GradientKeeper, DistillCallback]:
     keeper = GradientKeeper()
     ours = DistillCallback(teacher, method, memory=memory, chunk=chunk)
-    passed = {name: settings.pop(name) for name in ("compute_loss_func", "eval_dataset") if name in settings}
+    passed = {
+        name: settings.pop(name)
+        for name in ("compute_loss_func", "eval_dataset", "processing_class")
+        if name in settings
+    }
     defaults: dict[str, Any] = {
         "max_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0,
         "report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1,
@@ -453,3 +459,48 @@ def test_a_head_is_found_and_given_back() -> None:
     torch.testing.assert_close(made(input_ids=ids).logits, whole)
     with pytest.raises(UnprovenError, match="has no output embedding"):
         Head(made.model.layers[0])
+
+
+# ---------------------------------------------------------------------- vocabularies padded otherwise
+
+
+def tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
+    words = {"[UNK]": 0} | {f"w{place}": place for place in range(1, size)}
+    made = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[UNK]")
+
+
+@pytest.mark.parametrize("memory", ["dense", "chunked"])
+@pytest.mark.parametrize("teacher_size", [67, 60])
+def test_vocabularies_padded_otherwise_are_compared_where_both_are_real(
+    memory: Any, teacher_size: int, tmp_path: Path
+) -> None:
+    """As if both models had 60 classes, in the divergence; the task's own loss sees all of the student's."""
+    settings = GROUPED | {"vocab_size": teacher_size}
+    teacher, words = model("Llama", "ForCausalLM", settings, seed=1), tokenizer(60)
+    teacher.save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    named = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "teacher").double()
+    made, keeper, _ = trainer(tmp_path, model(*MODELS["llama"]), named, memory=memory, processing_class=words)
+    made.train()
+
+    student = model(*MODELS["llama"])
+    batches = [testing.collate(rows(False)[:3]), testing.collate(rows(False)[3:])]
+    scored = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    for batch in batches:
+        where = batch["labels"][:, 1:] != -100
+        own = student(**batch).logits[:, :-1][where]
+        with torch.no_grad():
+            theirs = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][where]
+        divergence = 4 * nn.functional.kl_div(
+            (own[:, :60] / 2).log_softmax(-1), (theirs[:, :60] / 2).log_softmax(-1), log_target=True, reduction="sum"
+        )
+        entropy = nn.functional.cross_entropy(own, batch["labels"][:, 1:][where], reduction="sum")
+        ((divergence + entropy) / scored).backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(keeper.gradients[0][name], parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_without_a_tokenizer_other_vocabularies_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"61 classes or vocabulary entries, the teacher 67.*processing_class"):
+        trainer(tmp_path, model(*MODELS["llama"]), model("Llama", "ForCausalLM", GROUPED | {"vocab_size": 67}, seed=1))

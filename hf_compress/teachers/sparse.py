@@ -14,7 +14,7 @@ def completed(ids: Tensor, known: Tensor, beside: Tensor) -> Tensor:
     tokens agree.
 
     Args:
-        ids: (position, k) different tokens; -1 where fewer are known.
+        ids: (position, k) different tokens; -1 where fewer are known. Those that `beside` lacks are passed over.
         known: (position, k) their log-probabilities, normalised over the whole vocabulary.
         beside: (position, vocab) logits, detached here.
 
@@ -23,8 +23,8 @@ def completed(ids: Tensor, known: Tensor, beside: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(beside.dtype, torch.float32)
     shape = beside.detach().to(dtype).log_softmax(-1)
-    there = ids >= 0
-    places, values = ids.clamp(min=0).long(), known.to(dtype).masked_fill(~there, -torch.inf)
+    there = (ids >= 0) & (ids < beside.shape[-1])
+    places, values = ids.clamp(0, beside.shape[-1] - 1).long(), known.to(dtype).masked_fill(~there, -torch.inf)
     taken = torch.zeros_like(shape).scatter_reduce(1, places, there.to(dtype), "amax") > 0
     rest = (1 - values.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(dtype).tiny).log()
     others = shape.masked_fill(taken, -torch.inf)
