@@ -243,7 +243,9 @@ def test_a_method_of_weight_0_changes_no_bit_of_a_run(method: Any, task: str, tm
 # ---------------------------------------------------------------------- two processes
 
 
-def _two_process_run(folder: Path, task: str, size: int, steps: int, average: bool, partly: bool) -> dict[str, Any]:
+def _two_process_run(
+    folder: Path, task: str, size: int, steps: int, average: bool, partly: bool, memory: str = "dense"
+) -> dict[str, Any]:
     data = rows(task)
     if partly:  # the second process's rows have no labels
         data = labelled(0, 1, -100, -100) if task == CLASSIFY else data
@@ -257,6 +259,7 @@ def _two_process_run(folder: Path, task: str, size: int, steps: int, average: bo
         gradient_accumulation_steps=steps,
         average_tokens_across_devices=average,
         max_steps=2,
+        distill={"memory": memory, "chunk": 3},
     ).train()
     logs = {name: run.logged(name) for name in ("loss", "task_loss", "distill_loss", "distill/kd", "distill/features")}
     return {"gradients": run.kept.gradients[0], "weights": dict(run.student.state_dict()), "logs": logs}
@@ -273,6 +276,9 @@ def _child(target: Path) -> None:
             for size, steps in ((2, 1), (1, 2)):
                 result = _two_process_run(target.parent / "runs", task, size, steps, average, partly)
                 found[f"{task} {partly} {average} {size}"] = result
+    for size, steps in ((2, 1), (1, 2)):
+        result = _two_process_run(target.parent / "runs", GENERATE, size, steps, True, False, "chunked")
+        found[f"{GENERATE} False chunked {size}"] = result
     if os.environ["RANK"] == "0":
         torch.save(found, target)
 
