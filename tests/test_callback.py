@@ -709,6 +709,26 @@ def test_training_again_after_an_exception_has_one_hook_and_clean_logs(tmp_path:
     assert_nothing_left(run)
 
 
+@pytest.mark.parametrize("memory", ["dense", "chunked"])
+def test_a_retry_with_a_smaller_batch_is_a_run_with_that_batch(memory: str, tmp_path: Path) -> None:
+    """`auto_find_batch_size`: weights, schedules and logs are those of a run that began with the smaller batch."""
+
+    def full(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training and len(kwargs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+
+    settings: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "distill": {"memory": memory, "chunk": 3}}
+    plain = build(tmp_path, GENERATE, ["taid", "features"], per_device_train_batch_size=2, **settings).train()
+    run = build(
+        tmp_path, GENERATE, ["taid", "features"], per_device_train_batch_size=4, auto_find_batch_size=True, **settings
+    )
+    run.student.register_forward_pre_hook(full, with_kwargs=True)
+    run.train()
+    assert run.trainer._train_batch_size == 2
+    assert run.logged("distill_loss") == plain.logged("distill_loss")
+    assert weights_hash(run.student) == weights_hash(plain.student)
+
+
 def test_an_exception_inside_the_forward_leaves_evaluation_as_it_was(tmp_path: Path) -> None:
     given = {"eval_dataset": Dataset.from_list(rows(CLASSIFY))}
     run = build(tmp_path, method=["kd", "features"], trainer_arguments=given)
