@@ -155,8 +155,11 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.end_step()
+        if control.should_save:
+            self.run.flush()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.flush()
         if args.should_save:
             self.run.save_beside(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

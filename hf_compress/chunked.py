@@ -41,27 +41,27 @@ Chunk = Callable[[Tensor, slice], Tensor]
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chunk: Chunk, size: int, states: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, chunk: Chunk, size: int, scale: float, states: Tensor, *parameters: Tensor) -> Tensor:
         wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
         total: Tensor = torch.zeros((), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         gradient = torch.zeros_like(states)
         found: list[Tensor | None] = [None] * len(parameters)
-        for start in range(0, len(states), size):
+        for start in range(0, max(len(states), 1), size):  # without positions one empty chunk, which names the terms
             place = slice(start, start + size)
             part = states[place].detach().requires_grad_()
             with torch.enable_grad():
                 value = chunk(part, place)
                 wanted = [part, *parameters] if value.requires_grad else []
-                own = torch.autograd.grad(value, wanted, allow_unused=True) if wanted else (None,)
+                own = torch.autograd.grad(value * scale, wanted, allow_unused=True) if wanted else (None,)
             total = total + value.detach()
             if own[0] is not None:
                 gradient[place] = own[0]
             for index, (addend, dtype) in enumerate(zip(own[1:], wide, strict=False)):
                 if addend is not None:
                     before = found[index]
-                    found[index] = addend.to(dtype) if before is None else before.add_(addend)
+                    found[index] = addend.to(dtype, copy=True) if before is None else before.add_(addend)
         ctx.places = [index for index, kept in enumerate(found) if kept is not None]
-        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        ctx.dtypes, ctx.scale = [parameter.dtype for parameter in parameters], scale
         ctx.save_for_backward(gradient, *(kept for kept in found if kept is not None))
         return total
 
@@ -69,10 +69,11 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         gradient, *kept = ctx.saved_tensors
+        upstream = upstream / ctx.scale
         found: list[Tensor | None] = [None] * len(ctx.dtypes)
         for index, value in zip(ctx.places, kept, strict=True):
             found[index] = (value * upstream).to(ctx.dtypes[index])
-        return None, None, (gradient * upstream).to(gradient.dtype), *found
+        return None, None, None, (gradient * upstream).to(gradient.dtype), *found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,7 @@ def loss_on_logits(
     *,
     task_weight: float,
     size: int,
+    scale: float = 1.0,
 ) -> Parts:
     """Every term on logits, and the task's cross-entropy where the positions have labels, `size` positions at a time.
 
@@ -140,6 +142,7 @@ def loss_on_logits(
         step: handed to them.
         task_weight: of the cross-entropy's sum; 0 leaves it out of the loss, not of `Parts.task`.
         size: positions of a chunk.
+        scale: factor on the loss while gradients are taken, as a GradScaler's: small ones in float16 would be 0.
     """
     sums: dict[str, dict[str, Tensor]] = {key: {} for key in shares}
     tasks: list[Tensor] = []
@@ -176,7 +179,7 @@ def loss_on_logits(
 
     learned = {id(p): p for share in shares.values() for p in share.objective.parameters() if p.requires_grad}
     learned |= {id(p): p for p in student.head.module.parameters() if p.requires_grad}
-    loss = _Fused.apply(chunk, size, student.states[where.index], *learned.values())  # type: ignore[no-untyped-call]
+    loss = _Fused.apply(chunk, size, scale, student.states[where.index], *learned.values())  # type: ignore[no-untyped-call]
     return Parts(loss=loss, sums=sums, task=torch.stack(tasks).sum() if tasks else None)
 
 
@@ -206,7 +209,8 @@ class Chunking:
             ConfigurationError: if `memory="chunked"` is asked for and this run's logits cannot be had in chunks.
         """
         run, settings = self.run, self.run.config
-        if settings.memory == "dense" or not any(x.overrides("per_position") for x in run.distiller.objectives):
+        ours = any(objective.overrides("per_position") for objective in run.distiller.objectives)
+        if settings.memory == "dense" or not (ours or ("labels" in inputs and run.task_weight)):
             return False
         size = row_count(run.kind, inputs) * run.sizes.vocab * 4
         if settings.memory == "auto" and size <= LIMIT:
@@ -227,7 +231,8 @@ class Chunking:
         if run.kind not in ("causal", "tokens"):
             return f"the model's distributions are {run.kind}"
         for objective, need in zip(run.distiller.objectives, run.needs, strict=True):
-            if objective.overrides("forward") and "logits" in need.student:
+            taps = need.student | (need.teacher or frozenset())
+            if objective.overrides("forward") and {"logits", "output.logits"} & taps:
                 return f"{objective.name} relates logits of different positions"
         if trainer.compute_loss_func is not None:
             return "compute_loss_func reads them"
@@ -240,6 +245,12 @@ class Chunking:
                 self._proof = prove(run.student, run.kind, inputs, task=True, context=trainer.accelerator.autocast)
         except UnprovenError as error:
             return f"{type(unwrap(run.student)).__name__}: {error}"
+        module = self.proof.head.module
+        name = next(name for name, found in run.student.named_modules() if found is module)
+        for objective, need in zip(run.distiller.objectives, run.needs, strict=True):
+            if f"output:{name}" in need.student | (need.teacher or frozenset()):
+                self.remove()
+                return f"{objective.name} taps the output embedding itself"
         return None
 
     def begin(self, seen: dict[str, Any]) -> dict[str, Any]:
@@ -274,17 +285,25 @@ class Chunking:
                 bottom = max(denominator(place, need, window), 1.0)
                 divisor = position_divisor(signals.positions, signals.examples, need)
                 shares[key] = Share(objective=objective, weight=objective.weight / bottom, divisor=divisor)
-        task = run.task_weight / window.labels if self.proof.task and window.labels else 0.0
-        return loss_on_logits(apart, signals.positions, shares, run.step, task_weight=task, size=run.config.chunk)
+        task = run.task_weight / window.labels if self._has_task(signals.inputs) and window.labels else 0.0
+        scaler = getattr(run.trainer.accelerator, "scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        return loss_on_logits(
+            apart, signals.positions, shares, run.step, task_weight=task, size=run.config.chunk, scale=scale
+        )
 
     def auxiliary(self, output: Any) -> Tensor | None:
         """What the model adds to the cross-entropy in its own loss."""
         found = output.get("aux_loss") if self.proof.auxiliary and isinstance(output, Mapping) else None
         return None if found is None else self.proof.auxiliary * found
 
-    def task_loss(self, parts: Parts, auxiliary: Tensor | None, local: Counts) -> Tensor | None:
+    def _has_task(self, inputs: Inputs) -> bool:
+        """Whether the model itself would compute a loss: from `labels`, not from `shift_labels` alone."""
+        return self.proof.task and "labels" in inputs
+
+    def task_loss(self, parts: Parts, auxiliary: Tensor | None, inputs: Inputs, local: Counts) -> Tensor | None:
         """() the mean that the model's own loss would be; of it the auxiliary part alone carries a gradient."""
-        if parts.task is None or not self.proof.task:
+        if parts.task is None or not self._has_task(inputs):
             return None
         mean = parts.task / max(local.labels, 1.0)
         return mean if auxiliary is None else mean + auxiliary
@@ -293,4 +312,9 @@ class Chunking:
         """Gives the student's output embedding back."""
         if self._proof is not None:
             self._proof.head.remove()
-        self._proof, self._begun, self.on = None, False, False
+        self._proof, self.on = None, False
+
+    def reset(self) -> None:
+        """For another attachment: proven anew when it is wanted."""
+        self.remove()
+        self._begun = False

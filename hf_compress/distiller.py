@@ -294,7 +294,7 @@ def task_term(loss: Tensor | None, local: Counts, window: Counts) -> Tensor | No
 
     Leaving it out matters: the mean over no labels is NaN, and 0 · NaN is NaN.
     """
-    if loss is None or local.labels == 0:
+    if loss is None or local.labels == 0 or window.labels == 0:  # a method may have made labels where there were none
         return None
     return loss * (local.labels / window.labels)
 

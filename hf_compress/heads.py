@@ -146,6 +146,14 @@ class Head:
             del self.module.forward
             if self._own is not None:
                 self.module.forward = self._own
+            return
+        above = getattr(vars(self.module).get("forward"), "__self__", None)
+        while isinstance(above, Head):  # another lies on top: it is to call what was below this one
+            below = getattr(above._own, "__self__", None)
+            if below is self:
+                above._own, above.original = self._own, self.original
+                return
+            above = below
 
     def prove(self, run: Callable[[], Any], config: Any) -> None:
         """Finds what the model does after its output embedding, and that its forward can do without.

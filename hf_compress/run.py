@@ -40,7 +40,7 @@ from .resolving import agreed, dry_inputs, resolve_methods, until
 from .resume import SIDE_FILE, read_checkpoint, reload_renamed, resumed_folder
 from .stepping import make_step
 from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
-from .teachers import Recorded, Teacher, teacher_for
+from .teachers import Recorded, Teacher, models_of, teacher_for
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,8 @@ class Run:
         self.task_weight, factor = d.resolve_weights(objectives, config.alpha, config.task_weight)
         for objective in objectives:
             objective.weight *= factor
-        if isinstance(source, nn.Module):
-            check_apart(student, source)
+        for model in models_of(source):
+            check_apart(student, model)
         self.teacher = None if source is None else self._source(source)
         theirs = None if self.teacher is None else self.teacher.sizes
         self.needs = agreed([objective.needs(self.sizes, theirs) for objective in objectives])
@@ -162,9 +162,13 @@ class Run:
             )
         for role in given.keys() - wanted:
             raise UnknownNameError("role of a frozen model", role, sorted(wanted))
-        for source in given.values():
-            if isinstance(source, nn.Module):
-                check_apart(self.student, source)
+        for role, source in given.items():
+            for model in models_of(source):
+                check_apart(self.student, model)
+            if isinstance(source, Recorded):
+                raise ConfigurationError(
+                    f"a cache or a server can be the teacher, not the frozen {role!r}: give a model."
+                )
         return {role: self._source(source) for role, source in given.items()}
 
     def _source(self, source: nn.Module | str | Path | Teacher) -> Teacher:
@@ -302,7 +306,7 @@ class Run:
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
-        self.chunking.remove()
+        self.chunking.reset()
         for other in (self.teacher, *self.frozen.values()):
             if other is not None:
                 other.close()
@@ -426,7 +430,13 @@ class Run:
         """Tells rows that are drawn anew in each epoch, and a teacher that is run in the first alone."""
         set_epoch(self.trainer.train_dataset, epoch)
         if self._recorded is not None:
-            self._recorded.epoch_began(int(epoch))
+            dropped = self.trainer.args.dataloader_drop_last  # the rows that an epoch leaves out come in a later one
+            self._recorded.epoch_began(0 if dropped else int(epoch))
+
+    def flush(self) -> None:
+        """Before a checkpoint, which passes over the batches so far: what was learned of them is to be there."""
+        if self._recorded is not None:
+            self._recorded.flush()
 
     def begin_window(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Counts the accumulation window over all processes, before its first forward."""
@@ -453,6 +463,8 @@ class Run:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._inputs = None  # a forward that was interrupted (Ctrl-C) has ended without its hooks
+        self.chunking.stop()
         names = list(inspect.signature(unwrap(module).forward).parameters)
         inputs: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
         training = self.is_training()
@@ -609,7 +621,7 @@ class Run:
         if apart is not None:
             parts = self.chunking.loss(apart, signals, window)
             total = total + (parts.loss - parts.loss.detach())  # its gradient; its value comes with the terms
-            sums, own = parts.sums, self.chunking.task_loss(parts, own, local)
+            sums, own = parts.sums, self.chunking.task_loss(parts, own, inputs, local)
         found = d.terms(self.distiller, self.needs, signals, self.step, local, window, sums)
         task = own if normalised else d.task_term(own, local, window)
         if task is not None and self.task_weight:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from hf_compress import DistillCallback, testing
 from hf_compress.divergences import kl
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
+from hf_compress.teachers import cache as module
 from hf_compress.teachers.cache import CacheTeacher
 from hf_compress.teachers.sparse import completed
 
@@ -351,3 +354,244 @@ def test_a_run_resumed_in_mid_epoch_reads_what_was_there(tmp_path: Path) -> None
     second, _ = trainer(tmp_path / "b", CacheTeacher(tmp_path / "d"), **settings)
     second.train(resume_from_checkpoint=True)
     assert testing.weights_hash(second.model) == testing.weights_hash(whole.model)
+
+
+class Killed(TrainerCallback):
+    """Ends the process as SIGKILL would."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os._exit(9)
+
+
+def test_killed_after_a_checkpoint_of_the_first_epoch_it_goes_on(tmp_path: Path) -> None:
+    """The resumed run passes over the batches before the checkpoint: they must be on disk with it."""
+
+    def made(*callbacks: TrainerCallback) -> Trainer:
+        cache = CacheTeacher(tmp_path / "c", testing.models(LANGUAGE)[1])
+        return trainer(tmp_path / "a", cache, LANGUAGE, "kd", *callbacks, save_strategy="steps", save_steps=1)[0]
+
+    child = os.fork()
+    if child == 0:
+        made(Killed()).train()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    made().train(resume_from_checkpoint=True)
+
+
+def test_rows_that_an_epoch_drops_may_come_later(tmp_path: Path) -> None:
+    data = [*testing.rows(LANGUAGE, 4), *testing.rows(LANGUAGE, 1, seed=7)]
+    cache = CacheTeacher(tmp_path / "c", testing.models(LANGUAGE)[1])
+    made, _ = trainer(tmp_path / "a", cache, data=data, dataloader_drop_last=True, max_steps=12)
+    made.train()
+
+
+def named(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+    found = testing.collate(batch)
+    return found | ({"id": torch.tensor([row["id"] for row in batch])} if "id" in batch[0] else {})
+
+
+@pytest.mark.parametrize("column", [True, False])
+def test_ids_of_another_data_set_name_other_examples(column: bool, tmp_path: Path) -> None:
+    data, held = ([row | {"id": at} for at, row in enumerate(testing.rows(LANGUAGE, 4, seed=s))] for s in (0, 9))
+    held = held if column else [{k: v for k, v in row.items() if k != "id"} for row in held]
+    cache = CacheTeacher(tmp_path / "c", testing.models(LANGUAGE)[1], key="id")
+    made, _ = trainer(tmp_path / "a", cache, data=data, held=held, eval_strategy="epoch")
+    made.data_collator = named
+    made.train()
+    logged = [entry for entry in made.state.log_history if "eval_loss" in entry]
+    assert logged
+    assert not any("eval_distill_loss" in entry for entry in logged)
+
+
+def test_a_cache_or_a_server_is_no_further_frozen_model(tmp_path: Path) -> None:
+    cache = CacheTeacher(tmp_path, testing.models(LANGUAGE)[1])
+    with pytest.raises(ConfigurationError, match="not the frozen 'reference'"):
+        DistillCallback(testing.models(LANGUAGE)[1], "adaspec", frozen={"reference": cache}).attach(
+            trainer(tmp_path / "a", testing.models(LANGUAGE)[1])[0]
+        )
+
+
+def test_the_student_is_not_its_own_cached_teacher(tmp_path: Path) -> None:
+    student = testing.models(LANGUAGE)[0]
+    with pytest.raises(ConfigurationError, match="one object"):
+        Trainer(
+            model=student,
+            args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
+            callbacks=[DistillCallback(CacheTeacher(tmp_path / "c", student), "kd")],
+        )
+
+
+def test_whatever_the_teacher_reads_tells_examples_apart(tmp_path: Path) -> None:
+    teacher = testing.models(LANGUAGE)[1]
+    mask = torch.ones(2, 4, dtype=torch.long)
+    embedded = {"inputs_embeds": torch.randn(2, 4, 96), "attention_mask": mask}
+    assert CacheTeacher(tmp_path / "a", teacher).fill([embedded]) == 2
+    placed = {
+        "input_ids": torch.full((2, 4), 5),
+        "attention_mask": mask,
+        "position_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]]),
+    }
+    assert CacheTeacher(tmp_path / "b", teacher).fill([placed]) == 2
+    with pytest.raises(MismatchError, match="tells examples apart"):
+        CacheTeacher(tmp_path / "c", teacher).fill([{"attention_mask": mask}])
+    classifier = testing.models("text-classification")[1]
+    ids = {"input_ids": torch.full((1, 4), 5), "attention_mask": mask[:1]}
+    zeros, ones = ({"token_type_ids": torch.full((1, 4), value)} for value in (0, 1))
+    assert CacheTeacher(tmp_path / "d", classifier).fill([ids, ids | zeros, ids | ones]) == 2
+
+
+def test_two_that_begin_a_folder_at_once_agree_or_one_is_refused(tmp_path: Path) -> None:
+    one, other = (testing.models(LANGUAGE)[1] for _ in range(2))
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    caches = CacheTeacher(tmp_path, one), CacheTeacher(tmp_path, other)  # both see an empty folder
+    caches[0].fill([testing.collate(testing.rows(LANGUAGE, 2))])
+    with pytest.raises(ConfigurationError, match="filled with teacher="):
+        caches[1].fill([testing.collate(testing.rows(LANGUAGE, 2))])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_single_numbers_in_weights_and_columns_are_hashed_too(tmp_path: Path) -> None:
+    teacher = testing.models(LANGUAGE)[1]
+    teacher.register_buffer("steps", torch.tensor(3))
+    teacher.model.register_buffer("ratio", torch.tensor(0.5))
+    batch = testing.collate(testing.rows(LANGUAGE, 2)) | {"position_ids": torch.tensor([1, 2])}
+    assert CacheTeacher(tmp_path, teacher).fill([{k: v for k, v in batch.items() if k != "position_ids"}]) == 2
+    assert len(set(CacheTeacher(tmp_path, teacher)._keys(batch))) == 2
+
+
+def shard_of(folder: Path) -> Path:
+    return next(folder.glob("*.safetensors"))
+
+
+def test_changed_bytes_are_no_targets(tmp_path: Path) -> None:
+    batch = testing.collate(testing.rows(LANGUAGE, 2))
+    CacheTeacher(tmp_path, testing.models(LANGUAGE)[1]).fill([batch])
+    with shard_of(tmp_path).open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(bytes(100))
+    read = CacheTeacher(tmp_path)
+    read.prepare(frozenset({"logits"}), torch.device("cpu"))
+    with pytest.raises(ForeignFileError, match="is not what its manifest says"):
+        read.apart(batch)
+
+
+@pytest.mark.parametrize("name", ["manifest", "header"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found.clear(),
+        lambda found: found.update(single=3, taps=3),
+        lambda found: found.update(examples=["a"], version=2),
+        lambda found: found.update(examples={"a": [0, 5, 1]}, kind="none of these"),
+        lambda found: found.update(examples={"a": ["0", 0, 1]}, vocab="60"),
+        lambda found: found.update(sha256="../../x", about=3),
+        lambda found: found.update(more=1),
+    ],
+)
+def test_foreign_json_is_one_error_that_names_the_file(name: str, change: Any, tmp_path: Path) -> None:
+    CacheTeacher(tmp_path, testing.models(LANGUAGE)[1]).fill([testing.collate(testing.rows(LANGUAGE, 2))])
+    path = tmp_path / "cache.json" if name == "header" else shard_of(tmp_path).with_suffix(".json")
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(ForeignFileError, match=path.name):
+        CacheTeacher(tmp_path).prepare(frozenset({"logits"}), torch.device("cpu"))
+
+
+def test_many_small_outputs_are_cut_into_shards_whose_manifests_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EXAMPLES", 50)
+    ids = torch.arange(300 * 3).view(300, 3) % 50 + 5
+    ids[:, 0], ids[:, 1] = torch.arange(300) % 50 + 5, torch.arange(300) // 50 + 5
+    cache = CacheTeacher(tmp_path, testing.models("text-classification")[1])
+    assert cache.fill([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]) == 300
+    assert len(list(tmp_path.glob("*.safetensors"))) == 6
+    CacheTeacher(tmp_path).prepare(frozenset({"logits"}), torch.device("cpu"))
+
+
+def test_what_is_not_written_yet_is_read_without_joining_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, batch = CacheTeacher(tmp_path, testing.models(LANGUAGE)[1]), testing.collate(testing.rows(LANGUAGE, 4))
+    cache.fill([batch], flush=False)
+    joined = mock.Mock(wraps=torch.cat)
+    monkeypatch.setattr(module.torch, "cat", joined)
+    cache.apart(batch)
+    assert joined.call_count <= 2
+    assert max(len(call.args[0]) for call in joined.call_args_list) == 4
+
+
+def test_a_full_disk_gives_the_teacher_back_and_leaves_no_torn_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = testing.models(LANGUAGE)[1].train()
+    cache = CacheTeacher(tmp_path, teacher)
+    cache.fill([testing.collate(testing.rows(LANGUAGE, 2))], flush=False)
+
+    def full(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        cache.close()
+    assert teacher.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.json"]
+    monkeypatch.undo()
+    cache.close()  # what was in memory is not lost
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    teacher = testing.models(LANGUAGE)[1]
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1e6)
+    batch = testing.collate(testing.rows(LANGUAGE, 2))
+    with pytest.raises(ConfigurationError, match=r"more than float16 holds.*bfloat16"):
+        CacheTeacher(tmp_path / "a", teacher).fill([batch])
+    assert CacheTeacher(tmp_path / "b", teacher, dtype="bfloat16").fill([batch]) == 2
+
+
+def test_the_order_of_the_labels_travels_with_the_cache(tmp_path: Path) -> None:
+    teacher, student = testing.models("text-classification")[1], testing.models("text-classification")[0]
+    teacher.config.id2label = dict(enumerate("abcde"))
+    CacheTeacher(tmp_path / "c", teacher).fill([testing.collate(testing.rows("text-classification", 2))])
+    student.config.id2label = dict(enumerate("edcba"))
+    with pytest.raises(MismatchError, match="label orders differ"):
+        Trainer(
+            model=student,
+            args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
+            callbacks=[DistillCallback(CacheTeacher(tmp_path / "c"), "kd")],
+        )
+
+
+def test_one_object_is_filled_and_then_trains(tmp_path: Path) -> None:
+    cache = CacheTeacher(tmp_path / "c", testing.models(LANGUAGE)[1])
+    cache.fill([testing.collate(testing.rows(LANGUAGE, 4))])
+    with pytest.raises(ConfigurationError, match=r"holds \['logits'\], the methods ask for"):
+        trainer(tmp_path / "a", cache, LANGUAGE, "features")
+    trainer(tmp_path / "a", cache)[0].train()
+
+
+def test_two_distributions_a_row_are_not_cached(tmp_path: Path) -> None:
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    with pytest.raises(ConfigurationError, match="'spans' cannot be cached"):
+        CacheTeacher(tmp_path, transformers.BertForQuestionAnswering(config))
+
+
+def test_few_batches_are_read_ahead(tmp_path: Path) -> None:
+    batches = [testing.collate(testing.rows(LANGUAGE, 2, seed=seed)) for seed in range(6)]
+    CacheTeacher(tmp_path, testing.models(LANGUAGE)[1]).fill(batches)
+    cache = CacheTeacher(tmp_path)
+    cache.prepare(frozenset({"logits"}), torch.device("cpu"))
+    cache.prefetch(batches)
+    for batch in batches:
+        assert len(cache._ahead) <= module.AHEAD
+        assert tuple(cache._keys(batch)) in cache._ahead
+        cache.apart(batch)
+    assert not cache._ahead
+    cache.close()

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from hf_compress import DistillCallback, chunked, heads, testing
 from hf_compress.errors import ConfigurationError, MismatchError, NumericalError
 from hf_compress.heads import Head, Lazy, UnprovenError
-from hf_compress.objective import Needs, Rows, Step, kind_of
+from hf_compress.objective import Needs, Objective, Rows, Step, kind_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -223,6 +223,87 @@ def test_a_head_alone_is_trained_over_a_frozen_body(tmp_path: Path) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
+class TwoLearned(toys.Toy):
+    """Two learned parts, to which autograd hands one gradient tensor."""
+
+    def build(self, student: Any, teacher: Any) -> None:
+        self.left, self.right = (nn.Parameter(torch.ones(61)) for _ in range(2))
+
+    def per_position(self, rows: Rows, step: Step) -> Tensor:
+        assert rows.teacher_logits is not None
+        return ((rows.student_logits - rows.teacher_logits).square() * (self.left + self.right)).mean(-1)
+
+
+class Expanded(toys.Toy):
+    """A learned part whose gradient is one number seen many times."""
+
+    def build(self, student: Any, teacher: Any) -> None:
+        self.shift = nn.Parameter(torch.ones(3))
+
+    def per_position(self, rows: Rows, step: Step) -> Tensor:
+        return super().per_position(rows, step) + self.shift.sum()
+
+
+@pytest.mark.parametrize("method", [TwoLearned(), Expanded()])
+def test_what_objectives_learn_gets_its_gradient_once(method: Any, taken: list[int], tmp_path: Path) -> None:
+    compared(tmp_path, "llama", taken, method=method)
+
+
+@pytest.mark.parametrize("masked", [0, 1, 2])
+def test_a_micro_batch_without_scored_positions_counts_nothing_and_logs_the_same(
+    masked: int, taken: list[int], tmp_path: Path
+) -> None:
+    """In two processes other names on one of them would wait for ever."""
+    data = rows(False)[:2]
+    for row in data[:masked]:
+        row["labels"] = [-100] * len(row["labels"])
+    compared(
+        tmp_path, "llama", taken, data=data, per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=2
+    )
+
+
+def test_the_task_s_own_loss_alone_is_taken_in_chunks_too(taken: list[int], tmp_path: Path) -> None:
+    compared(tmp_path, "llama", taken, method="features")
+
+
+def test_shifted_labels_alone_give_no_task_loss_as_in_the_model(tmp_path: Path) -> None:
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        found = testing.collate(batch)
+        shifted = nn.functional.pad(found.pop("labels"), (0, 1), value=-100)[..., 1:]
+        return found | {"shift_labels": shifted.contiguous()}
+
+    losses = []
+    for memory in ("dense", "chunked"):
+        student, teacher = (model(*MODELS["llama"], seed=seed) for seed in (0, 1))
+        made, _, _ = trainer(tmp_path, student, teacher, memory=memory, remove_unused_columns=False)  # type: ignore[arg-type]
+        made.data_collator = collate
+        made.train()
+        losses.append(made.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_small_gradients_in_float16_survive_with_the_scaler_s_factor() -> None:
+    """512 positions, 4,096 classes, a loss divided by 64: without the factor a twentieth of the gradient is lost."""
+    torch.manual_seed(0)
+    weight, states = nn.Parameter(torch.randn(4096, 8)), torch.randn(512, 8)
+    labels = torch.randint(0, 4096, (512,))
+
+    def chunk(part: Tensor, place: slice) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            logits = nn.functional.linear(part, weight)
+        return nn.functional.cross_entropy(logits.float(), labels[place], reduction="sum") / 512 / 64
+
+    exact = torch.autograd.grad(nn.functional.cross_entropy(states @ weight.T, labels) / 64, weight)[0]
+    errors = []
+    for scale in (1.0, 65536.0):
+        weight.grad = None
+        chunked._Fused.apply(chunk, 64, scale, states, weight).backward()  # type: ignore[no-untyped-call]
+        assert weight.grad is not None
+        errors.append(float((weight.grad - exact).norm() / exact.norm()))
+    assert errors[1] < 2e-3
+    assert errors[0] > 5 * errors[1]
+
+
 # ---------------------------------------------------------------------- when, and why not
 
 
@@ -244,6 +325,29 @@ class _Whole(toys.Toy):
         return signals.student["logits"].mean((1, 2)).mean(0) * torch.ones(len(signals.positions.index))
 
 
+class _TeacherWhole(_Whole):
+    """Relates the teacher's."""
+
+    def needs(self, student: Any, teacher: Any) -> Needs:
+        return Needs(student=frozenset({"logits", "hidden:-1"}))
+
+    def forward(self, signals: Any, step: Any) -> Tensor:
+        weight = signals.teacher["logits"].softmax(-1).mean()
+        return signals.student["hidden:-1"].mean() * weight * torch.ones(len(signals.positions.index))
+
+
+class _Embedding(_TeacherWhole):
+    """Taps the output embedding by its name."""
+
+    def needs(self, student: Any, teacher: Any) -> Needs:
+        return Needs(student=frozenset({"output:lm_head"}), teacher=frozenset())
+
+    per_position = Objective.per_position
+
+    def forward(self, signals: Any, step: Any) -> Tensor:
+        return signals.student["output:lm_head"].mean() * torch.ones(len(signals.positions.index))
+
+
 class _Own(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
@@ -258,6 +362,8 @@ def _summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor
     ("names", "settings", "why"),
     [
         ("llama", {"method": _Whole()}, "toy relates logits of different positions"),
+        ("llama", {"method": ["kd", _TeacherWhole()]}, "toy relates logits of different positions"),
+        ("llama", {"method": ["kd", _Embedding()]}, "toy taps the output embedding itself"),
         ("llama", {"kind": _Own}, r"_Own.compute_loss may read them"),
         ("bart", {}, "the model needs its logits"),
         ("mobilebert", {}, "is not called in the forward"),
@@ -366,6 +472,45 @@ def test_a_forward_that_fails_leaves_the_logits_on(tmp_path: Path) -> None:
     assert "forward" not in vars(teacher.lm_head)
 
 
+def test_an_interrupted_forward_leaves_evaluation_as_it_was(tmp_path: Path) -> None:
+    """Hooks that run after any exception do not run after Ctrl-C."""
+    student, teacher = model(*MODELS["llama"]), model(*MODELS["llama"], seed=1)
+    made, _, ours = trainer(tmp_path, student, teacher, eval_dataset=rows(False))
+    before = made.evaluate()["eval_distill_loss"]
+
+    def stop(*_: Any) -> None:
+        if student.training and ours.run.chunking.on:
+            raise KeyboardInterrupt
+
+    handle = student.lm_head.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    handle.remove()
+    assert student.eval()(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 61)
+    assert made.evaluate()["eval_distill_loss"] == pytest.approx(before)
+
+
+def test_one_model_in_two_roles_is_given_back_whole(tmp_path: Path) -> None:
+    class Both(toys.Toy):
+        def needs(self, student: Any, teacher: Any) -> Needs:
+            return Needs(frozen=("reference",))
+
+        def per_position(self, rows: Rows, step: Step) -> Tensor:
+            torch.testing.assert_close(rows.frozen["reference"], rows.teacher_logits)
+            return super().per_position(rows, step)
+
+    student, teacher = model(*MODELS["llama"]), model(*MODELS["llama"], seed=1)
+    made = Trainer(
+        model=student,
+        args=TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no"),
+        train_dataset=rows(False),  # type: ignore[arg-type]  # map-style
+        data_collator=testing.collate,
+        callbacks=[DistillCallback(teacher, Both(), memory="chunked", frozen={"reference": teacher})],
+    )
+    made.train()
+    assert not [module for one in (student, teacher) for module in one.modules() if "forward" in vars(module)]
+
+
 def test_evaluation_in_between_sees_logits(tmp_path: Path) -> None:
     seen = []
 
@@ -418,7 +563,7 @@ def test_weight_gradients_add_up_in_float32() -> None:
     def chunk(part: Tensor, place: slice) -> Tensor:
         return head(part).float().square().sum()
 
-    loss = chunked._Fused.apply(chunk, 1, states, head.weight)  # type: ignore[no-untyped-call]
+    loss = chunked._Fused.apply(chunk, 1, 1.0, states, head.weight)  # type: ignore[no-untyped-call]
     loss.backward()
     whole = torch.autograd.grad(
         nn.functional.linear(states.detach().double(), weight := head.weight.detach().double().requires_grad_())

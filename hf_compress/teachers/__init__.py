@@ -59,6 +59,17 @@ class Recorded(Protocol):
     def epoch_began(self, epoch: int) -> None:
         """Told of each epoch, from 0, on all ranks."""
 
+    def flush(self) -> None:
+        """Told before a checkpoint: what is in memory alone is to be kept."""
+
+
+def models_of(source: Any) -> list[nn.Module]:
+    """The models in memory that a teacher runs."""
+    if isinstance(source, nn.Module):
+        return [source]
+    found = [getattr(source, "model", None), *(getattr(source, "models", None) or ())]
+    return [model for model in found if isinstance(model, nn.Module)]
+
 
 def teacher_for(source: nn.Module | str | Path | Teacher, student: nn.Module, kind: Kind | None = None) -> Teacher:
     """A teacher from what the user gave: a model, a hub id or a folder, or a ready `Teacher`.

@@ -11,34 +11,110 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 from uuid import uuid4
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from hf_compress import facts, files
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.heads import Logits
-from hf_compress.objective import IGNORED, Inputs, Kind, Sizes, batch_size, tokens
+from hf_compress.objective import IGNORED, Inputs, Sizes, batch_size, tokens
 from hf_compress.teachers.model import ModelTeacher
 from hf_compress.teachers.sparse import Sparse, Stored
 
 logger = logging.getLogger(__name__)
 
 HEADER = "cache.json"
-READ = ("input_ids", "token_type_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values")
-"""Columns that tell one example from another."""
-SHARD = 64 << 20
-"""Bytes after which a shard is written."""
+READ = (
+    *("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "decoder_input_ids", "bbox"),
+    *("pixel_values", "pixel_values_videos", "input_features", "input_values", "flattened_patches"),
+)
+"""Columns that tell one example from another, of a model that does not name its own."""
+UNREAD = frozenset({"attention_mask", "decoder_attention_mask", "labels", "use_cache", "return_dict"})
+KINDS = ("rows", "labels", "tokens", "causal", "none")
+SHARD, EXAMPLES = 64 << 20, 50_000
+"""Bytes, and examples, after which a shard is written."""
+AHEAD = 2
+"""Batches that are read before they are wanted."""
 DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Stage = dict[str, list[Tensor]]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Header(_Part):
+    """What all of a folder was made with."""
+
+    version: Literal[1]
+    teacher: str
+    taps: tuple[str, ...]
+    kind: Literal["rows", "labels", "tokens", "causal", "none"]
+    seq2seq: bool
+    vocab: int = Field(ge=0)
+    embedded: int | None = Field(description="token ids that the teacher reads")
+    layers: int = Field(ge=0)
+    names: dict[int, str] | None = Field(description="of the classes")
+    reads: tuple[str, ...] | None = Field(description="columns of its forward")
+    about: facts.Model
+    top_k: int | None = Field(ge=1)
+    key: str | None
+    dtype: Literal["float16", "bfloat16", "float32"]
+
+    def sizes(self) -> Sizes:
+        """Of the teacher, as far as they are known without it."""
+        names = {} if self.names is None else {"id2label": self.names}
+        config = PreTrainedConfig(is_encoder_decoder=self.seq2seq, **names)
+        config.vocab_size = self.embedded
+        return Sizes(kind=self.kind, layers=self.layers, width=0, heads=0, vocab=self.vocab, config=config)
+
+
+class _Manifest(_Part):
+    """Where the examples of a shard are: number, and first and last row of what is one for a position."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+    single: tuple[str, ...]
+    examples: dict[str, tuple[int, int, int]]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> _Manifest:
+        if any(number < 0 or not 0 <= start <= stop for number, start, stop in self.examples.values()):
+            raise ValueError("places must be at least 0 and in order")
+        return self
+
+
+PartT = TypeVar("PartT", bound=_Part)
+
+
+def _read_part(kind: type[PartT], path: Path) -> PartT:
+    """One of our JSON files.
+
+    Raises:
+        ForeignFileError: if it is not what it should be.
+    """
+    text = json.dumps(files.read_json(path))  # through the reader with limits
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ForeignFileError(
+            path, f"{where}: {first['msg']}.", "Fill another folder, or remove this file."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +127,19 @@ class _Place:
     start: int
     stop: int
     """Its rows of what is one for a position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What a folder is filled with, besides its teacher."""
+
+    top_k: int | None
+    key: str | None
+    dtype: Literal["float16", "bfloat16", "float32"]
+
+    @classmethod
+    def of(cls, header: _Header) -> _Settings:
+        return cls(top_k=header.top_k, key=header.key, dtype=header.dtype)
 
 
 class CacheTeacher:
@@ -89,23 +178,22 @@ class CacheTeacher:
         self.folder = Path(folder)
         self.model = teacher
         self._live = None if teacher is None else ModelTeacher(teacher)
-        self._header: dict[str, Any] = {}
-        if (self.folder / HEADER).is_file():
-            self._header = files.read_json(self.folder / HEADER)
-        elif self._live is None:
+        self._header = _read_part(_Header, self.folder / HEADER) if (self.folder / HEADER).is_file() else None
+        if self._live is not None:
+            self.sizes, self._settings = self._live.sizes, _Settings(top_k=top_k, key=key, dtype=dtype)
+        elif self._header is not None:
+            self.sizes, self._settings = self._header.sizes(), _Settings.of(self._header)
+            if (top_k, key, dtype) != (None, None, "float16"):
+                self._same(_Settings(top_k=top_k, key=key, dtype=dtype))
+        else:
             raise ForeignFileError(
                 self.folder, f"holds no {HEADER}.", "Fill it: hf-compress cache, or CacheTeacher(folder, model)."
             )
-        self.sizes = self._live.sizes if self._live is not None else _sizes(self._header)
-        wanted = {"top_k": top_k, "key": key, "dtype": dtype}
-        self._settings: dict[str, Any] = (
-            {name: self._header.get(name) for name in wanted} if self._live is None else wanted
-        )
-        if self._live is None and (top_k, key, dtype) != (None, None, "float16"):
-            _same(self.folder, self._header, wanted)
-        self.columns = frozenset({key} if self._settings["key"] else ())
+        if self.sizes.kind not in KINDS:
+            raise ConfigurationError(f"CacheTeacher: outputs of kind {self.sizes.kind!r} cannot be cached.")
+        self.columns = frozenset() if self._settings.key is None else frozenset({self._settings.key})
         self._places: dict[str, _Place] = {}
-        self._seen: set[str] = set()
+        self._sums: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         self._stage: Stage = {}
         self._single: set[str] = set()
@@ -113,21 +201,22 @@ class CacheTeacher:
         self._size = 0
         self._epoch = 0
         self._reader: ThreadPoolExecutor | None = None
+        self._queue: deque[tuple[str, ...]] = deque()
         self._ahead: dict[tuple[str, ...], Future[list[dict[str, Tensor]]]] = {}
 
     # ------------------------------------------------------------------ the teacher's side
 
     def prepare(self, taps: frozenset[str], device: torch.device, until: str | None = None) -> None:
-        if self._reader is not None:
-            return
-        stored = frozenset(self._header.get("taps", taps))
+        stored = taps if self._header is None else frozenset(self._header.taps)
         if missing := sorted(taps - stored):
             raise ConfigurationError(
                 f"{self.folder} holds {sorted(stored)}, the methods ask for {missing}: fill another folder."
             )
         self._device = device
+        if self._reader is not None:
+            return
         if self._live is not None:
-            self._live.prepare(stored, device, until)
+            self._live.prepare(stored, device, until if until in stored and "logits" not in stored else None)
             self._write_header(stored)
         self._reader = ThreadPoolExecutor(1, "hf_compress-cache")
         self._refresh()
@@ -135,23 +224,43 @@ class CacheTeacher:
     def _write_header(self, taps: frozenset[str]) -> None:
         """What all of the folder is made with; another teacher or other settings are refused."""
         assert self._live is not None  # asked for with a model alone
-        sizes = self._live.sizes
-        about = {
-            "version": 1,
-            "teacher": _digest(self._live.model),
-            "taps": sorted(taps),
-            "kind": sizes.kind,
-            "seq2seq": bool(getattr(sizes.config, "is_encoder_decoder", False)),
-            "vocab": sizes.vocab,
-            "layers": sizes.layers,
-            "about": self._live.describe().model_dump(mode="json", exclude_none=True),
-        } | self._settings
-        if self._header:
-            _same(self.folder, self._header, about)
-            return
+        sizes, path = self._live.sizes, self.folder / HEADER
+        text = sizes.config.get_text_config() if sizes.config is not None else None
+        about = _Header(
+            version=1,
+            teacher=_digest(self._live.model),
+            taps=tuple(sorted(taps)),
+            kind=cast(Any, sizes.kind),
+            seq2seq=bool(getattr(sizes.config, "is_encoder_decoder", False)),
+            vocab=sizes.vocab,
+            embedded=getattr(text, "vocab_size", None),
+            layers=sizes.layers,
+            names=dict(sizes.config.id2label) if sizes.kind in ("rows", "labels") and sizes.config else None,
+            reads=self._live.reads,
+            about=self._live.describe(),
+            **vars(self._settings),
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(self.folder / HEADER, json.dumps(about, indent=1) + "\n")
+        part = self.folder / f".{uuid4().hex}.part"
+        files.write_text(part, about.model_dump_json(indent=1) + "\n")
+        try:
+            os.link(part, path)  # fails if another process was faster: then its header counts
+        except FileExistsError:
+            self._header = _read_part(_Header, path)
+            self._same(about)
+        finally:
+            part.unlink()
         self._header = about
+
+    def _same(self, wanted: Any) -> None:
+        """Refuses a folder that was made with something else."""
+        for name in vars(wanted):
+            was, value = getattr(self._header, name), getattr(wanted, name)
+            if name not in ("about", "reads") and was != value:
+                raise ConfigurationError(
+                    f"{self.folder} was filled with {name}={was!r}, asked for is {value!r}: other targets. "
+                    "Choose another folder, or the settings that it was filled with."
+                )
 
     def epoch_began(self, epoch: int) -> None:
         """What all processes have made so far is there for each; from the second epoch on nothing is run any more."""
@@ -162,12 +271,14 @@ class CacheTeacher:
         self._refresh()
 
     def prefetch(self, batches: Sequence[Inputs]) -> None:
-        """Begins to read the examples of batches to come, in another thread."""
-        if self._reader is None:
-            return
+        """Begins to read the examples of batches to come, in another thread, a few at a time."""
         self._ahead.clear()
-        for inputs in batches:
-            keys = tuple(self._keys(inputs))
+        self._queue = deque(tuple(self._keys(inputs)) for inputs in batches)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while self._reader is not None and self._queue and len(self._ahead) < AHEAD:
+            keys = self._queue.popleft()
             if all(key in self._places for key in keys):
                 self._ahead[keys] = self._reader.submit(self._read_all, keys)
 
@@ -180,7 +291,12 @@ class CacheTeacher:
         for name, values in self._read(next(iter(self._places))).items():
             width = (self.sizes.vocab,) if name == "logits" else values.shape[1:]
             found[name] = torch.zeros(rows, *(() if name in self._single else (time,)), *width, device=self._device)
-        return {name: found[name] for name in self._header["taps"]}
+        return {name: found[name] for name in self._known.taps}
+
+    @property
+    def _known(self) -> _Header:
+        assert self._header is not None  # `prepare` has read or written it
+        return self._header
 
     def apart(self, inputs: Inputs) -> tuple[Mapping[str, Tensor], Logits | None]:
         """The stored taps for one batch, padded like it, and the logits by rows."""
@@ -189,8 +305,9 @@ class CacheTeacher:
             self._fill(inputs, keys, missing)
         ahead = self._ahead.pop(tuple(keys), None)
         found = self._read_all(keys) if ahead is None else ahead.result()
+        self._read_ahead()
         taps, logits = dict[str, Tensor](), None
-        for name in self._header["taps"]:
+        for name in self._known.taps:
             if name != "logits":
                 taps[name] = self._padded(name, inputs, [one[name] for one in found])
             else:
@@ -203,42 +320,49 @@ class CacheTeacher:
         return self._live.run(grad=grad, **inputs)
 
     def describe(self) -> facts.Model:
-        return facts.Model.model_validate(self._header["about"])
+        return self._known.about
 
     def close(self) -> None:
-        self.flush()
-        if self._reader is not None:
-            self._reader.shutdown()
-            self._reader = None
-        self._open.clear()
-        self._ahead.clear()
-        if self._live is not None:
-            self._live.close()
+        try:
+            self.flush()
+        finally:
+            if self._reader is not None:
+                self._reader.shutdown()
+                self._reader = None
+            self._open.clear()
+            self._ahead.clear()
+            self._queue.clear()
+            if self._live is not None:
+                self._live.close()
 
     # ------------------------------------------------------------------ examples
 
     def _keys(self, inputs: Inputs) -> list[str]:
         """A name of each example: its value in the key column, or a hash of what the teacher reads of it."""
-        column = self._settings["key"]
-        if column is not None:
+        if (column := self._settings.key) is not None:
             if column not in inputs:
                 raise MismatchError(f"{self.folder}: the batch has no column {column!r}; it has {sorted(inputs)}.")
             return [str(int(value)) for value in inputs[column]]
-        mask, decoded = tokens(inputs), self._decoded(inputs)
+        reads = self._live.reads if self._live is not None else self._known.reads
+        named = sorted({*(READ if reads is None else reads)} - UNREAD | ({"labels"} if self._is_seq2seq() else set()))
+        if not (there := [name for name in named if name in inputs]):
+            raise MismatchError(
+                f"{self.folder}: nothing of {sorted(inputs)} tells examples apart. Give key=, the column of an id."
+            )
+        mask, decoded = tokens(inputs).cpu(), self._decoded(inputs).cpu()
         digests = [hashlib.sha256() for _ in range(batch_size(inputs))]
-        for name in (*READ, *(("labels",) if self._is_seq2seq() else ())):
-            if (values := inputs.get(name)) is None:
-                continue
-            real = decoded if name in ("labels", "decoder_input_ids") else mask
-            values = values.detach().cpu()
+        for name in there:
+            values, real = inputs[name].detach().cpu(), decoded if name in ("labels", "decoder_input_ids") else mask
             for row, digest in enumerate(digests):
-                own = values[row][real[row].cpu()] if values.shape[:2] == real.shape else values[row]
+                own = values[row][real[row]] if values.shape[:2] == real.shape else values[row]
+                if name == "token_type_ids" and not own.any():  # what a model takes where there are none
+                    continue
                 digest.update(f"{name} {tuple(own.shape)} {own.dtype}".encode())
-                digest.update(own.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(own.reshape(-1).view(torch.uint8).numpy().tobytes())
         return [digest.hexdigest() for digest in digests]
 
     def _is_seq2seq(self) -> bool:
-        return bool(self._header.get("seq2seq", getattr(self.sizes.config, "is_encoder_decoder", False)))
+        return bool(getattr(self.sizes.config, "is_encoder_decoder", False))
 
     def _decoded(self, inputs: Inputs) -> Tensor:
         """(batch, time) bool: the places whose logits are stored."""
@@ -269,31 +393,45 @@ class CacheTeacher:
             if keys[row] not in self._staged:  # twice in one batch
                 kept = [self._kept(name, tap, part, place) for name, tap in found.items()]
                 self._add(keys[row], {name: values for tap in kept for name, values in tap.items()})
-        if self._size >= SHARD:
-            self.flush()
+            if self._size >= SHARD or len(self._staged) >= EXAMPLES:
+                self.flush()
 
     def _kept(self, name: str, tap: Tensor, inputs: Inputs, row: int) -> dict[str, Tensor]:
         """What is stored of one example's tap, by name of the tensor: (position, …), or (1, …) without a time axis."""
-        where, dtype = self._places_of(name, inputs), DTYPES[self._settings["dtype"]]
+        where = self._places_of(name, inputs)
         if where is None or tap.dim() < 3:
             self._single.add(name)
-            return {name: tap[row][None].to(dtype).cpu()}
+            return {name: self._narrow(name, tap[row][None])}
         if tap.shape[:2] != where.shape:
             raise ConfigurationError(
                 f"{self.folder}: tap {name!r} of shape {tuple(tap.shape)} cannot be cached, as it does not follow the "
                 f"tokens {tuple(where.shape)}."
             )
-        own, k = tap[row][where[row]], self._settings["top_k"]
+        own, k = tap[row][where[row]], self._settings.top_k
         if name != "logits" or k is None:
-            return {name: own.to(dtype).cpu()}
+            return {name: self._narrow(name, own)}
         wide = own.to(torch.promote_types(own.dtype, torch.float32)).log_softmax(-1)
         known, ids = wide.topk(min(k, wide.shape[-1]), -1)
-        return {"logits.ids": ids.int().cpu(), "logits": known.to(dtype).cpu()}
+        return {"logits.ids": ids.int().cpu(), "logits": self._narrow(name, known)}
+
+    def _narrow(self, name: str, values: Tensor) -> Tensor:
+        """In the type that is stored.
+
+        Raises:
+            ConfigurationError: if it cannot hold them.
+        """
+        found = values.to(DTYPES[self._settings.dtype]).cpu()
+        if not found.isfinite().all() and values.isfinite().all():
+            raise ConfigurationError(
+                f"{self.folder}: {name!r} reaches {values.abs().max():.3g}, more than {self._settings.dtype} holds. "
+                'Give CacheTeacher(..., dtype="bfloat16") or "float32".'
+            )
+        return found
 
     def _add(self, key: str, kept: Mapping[str, Tensor]) -> None:
         timed = {len(values) for name, values in kept.items() if name not in self._single}
         assert len(timed) <= 1  # all follow the tokens
-        start = max((stop for _, _, stop in self._staged.values()), default=0)
+        start = next(reversed(self._staged.values()))[2] if self._staged else 0
         for name, values in kept.items():
             self._stage.setdefault(name, []).append(values)
             self._size += values.numel() * values.element_size()
@@ -306,17 +444,23 @@ class CacheTeacher:
         name = uuid4().hex
         path = self.folder / f"{name}.safetensors"
         part = path.with_suffix(".part")
-        save_file({tap: torch.cat(values).contiguous() for tap, values in self._stage.items()}, part)
-        manifest = {
-            "sha256": files.sha256(part),
-            "bytes": part.stat().st_size,
-            "single": sorted(self._single & self._stage.keys()),
-            "examples": {key: list(place) for key, place in self._staged.items()},
-        }
-        part.replace(path)
-        files.write_text(self.folder / f"{name}.json", json.dumps(manifest) + "\n")
-        self._stage, self._staged, self._size = {}, {}, 0
+        try:
+            save_file({tap: torch.cat(values).contiguous() for tap, values in self._stage.items()}, part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # before its manifest is
+            manifest = _Manifest(
+                sha256=files.sha256(part),
+                bytes=part.stat().st_size,
+                single=tuple(sorted(self._single & self._stage.keys())),
+                examples=dict(self._staged),
+            )
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        files.write_text(self.folder / f"{name}.json", manifest.model_dump_json() + "\n")
         self._take(name, manifest)
+        self._stage, self._staged, self._size = {}, {}, 0
 
     def fill(self, batches: Iterable[Inputs], *, flush: bool = True) -> int:
         """Runs the teacher over batches; what is there already is passed over.
@@ -347,22 +491,28 @@ class CacheTeacher:
     def _refresh(self) -> None:
         """Takes up the shards that are new in the folder."""
         for path in sorted(self.folder.glob("*.json")):
-            if path.name != HEADER and path.stem not in self._seen:
-                self._take(path.stem, files.read_json(path))
+            if path.name != HEADER and path.stem not in self._sums:
+                self._take(path.stem, _read_part(_Manifest, path))
 
-    def _take(self, name: str, manifest: Mapping[str, Any]) -> None:
+    def _take(self, name: str, manifest: _Manifest) -> None:
         path = self.folder / f"{name}.safetensors"
-        if not path.is_file() or path.stat().st_size != manifest.get("bytes"):
-            raise ForeignFileError(path, "is not what its manifest says.", "Remove both; the examples are made anew.")
-        self._seen.add(name)
-        self._single |= set(manifest["single"])
+        if not path.is_file() or path.stat().st_size != manifest.bytes:
+            raise self._torn(path)
+        self._sums[name] = manifest.sha256
+        self._single |= set(manifest.single)
         self._places |= {
             key: _Place(shard=name, number=number, start=start, stop=stop)
-            for key, (number, start, stop) in manifest["examples"].items()
+            for key, (number, start, stop) in manifest.examples.items()
         }
 
+    @staticmethod
+    def _torn(path: Path) -> ForeignFileError:
+        return ForeignFileError(path, "is not what its manifest says.", "Remove both; the examples are made anew.")
+
     def holds(self, inputs: Inputs) -> bool:
-        """Whether every example of a batch is there."""
+        """Whether every example of a batch is there; unknown of another data set where a column names them."""
+        if self._settings.key is not None:
+            return False
         return all(key in self._places or key in self._staged for key in self._keys(inputs))
 
     def _read_all(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -370,18 +520,23 @@ class CacheTeacher:
 
     def _read(self, key: str) -> dict[str, Tensor]:
         """(position, …) or (1, …) tensors of one example."""
-        if key in self._staged:
-            number, start, stop = self._staged[key]
-            return {
-                name: values[number] if name in self._single else torch.cat(values)[start:stop]
-                for name, values in self._stage.items()
-            }
+        if (staged := self._staged.get(key)) is not None:
+            return {name: values[staged[0]] for name, values in self._stage.items()}
         place = self._places[key]
-        if place.shard not in self._open:
-            self._open[place.shard] = safe_open(self.folder / f"{place.shard}.safetensors", framework="pt")
-        shard = self._open[place.shard]
+        shard = self._open.get(place.shard) or self._opened(place.shard)
         span, single = slice(place.start, place.stop), slice(place.number, place.number + 1)
         return {name: shard.get_slice(name)[single if name in self._single else span] for name in list(shard.keys())}
+
+    def _opened(self, name: str) -> Any:
+        """A shard, compared with its checksum."""
+        path = self.folder / f"{name}.safetensors"
+        if files.sha256(path) != self._sums[name]:
+            raise self._torn(path)
+        shard: Any = safe_open(path, framework="pt")
+        if {tensor.removesuffix(".ids") for tensor in shard.keys()} != set(self._known.taps):  # noqa: SIM118
+            raise self._torn(path)
+        self._open[name] = shard
+        return shard
 
     def _padded(self, name: str, inputs: Inputs, found: Sequence[Tensor]) -> Tensor:
         """A stored tap in the shape of the batch, 0 in padding."""
@@ -414,21 +569,6 @@ class CacheTeacher:
             )
 
 
-def _same(folder: Path, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses a folder that was made with something else."""
-    for name, value in wanted.items():
-        if name != "about" and header.get(name) != value:
-            raise ConfigurationError(
-                f"{folder} was filled with {name}={header.get(name)!r}, asked for is {value!r}: other targets. "
-                "Choose another folder, or the settings that it was filled with."
-            )
-
-
-def _sizes(header: Mapping[str, Any]) -> Sizes:
-    kind: Kind = header["kind"]
-    return Sizes(kind=kind, layers=header["layers"], width=0, heads=0, vocab=header["vocab"], config=None)
-
-
 def _digest(model: nn.Module) -> str:
     """sha256 over a model's weights, in order of their names."""
     digest = hashlib.sha256()
@@ -437,5 +577,5 @@ def _digest(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):  # what a quantised module packs
             digest.update(repr(tensor).encode())
             continue
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

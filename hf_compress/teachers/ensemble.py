@@ -70,6 +70,7 @@ class EnsembleTeacher:
         if mean not in ("probabilities", "logits"):
             raise ConfigurationError(f"EnsembleTeacher: mean must be probabilities or logits, got {mean!r}.")
         self.weights, self.mean = [weight / sum(given) for weight in given], mean
+        self.models = list(models)
         self.teachers = [ModelTeacher(model) for model in models]
         self.sizes = self.teachers[0].sizes
         for other in self.teachers[1:]:

@@ -46,6 +46,11 @@ class ModelTeacher:
         parameters = inspect.signature(model.forward).parameters
         self._accepted = None if _takes_any(parameters) and not parameters.keys() & {"input_ids"} else set(parameters)
 
+    @property
+    def reads(self) -> tuple[str, ...] | None:
+        """Columns that its forward names; None: it takes any."""
+        return None if self._accepted is None else tuple(sorted(self._accepted - NEVER))
+
     def prepare(self, taps: frozenset[str], device: torch.device, until: str | None = None) -> None:
         if self._taps is not None:
             return
@@ -111,7 +116,7 @@ class ModelTeacher:
             if name not in NEVER and (self._accepted is None or name in self._accepted or name in always)
         }
         labels = inputs.get("labels")
-        if getattr(self.sizes.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
+        if self._decodes_labels and "decoder_input_ids" not in given:
             if labels is None:
                 raise MismatchError("an encoder-decoder teacher needs labels or decoder_input_ids in the batch.")
             given["decoder_input_ids"] = decoder_inputs(unwrap(self.model), labels)
@@ -122,6 +127,12 @@ class ModelTeacher:
             return given
         real = {k: v.to(dtype) for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
         return given | real  # images and sound, for a teacher in half precision
+
+    @property
+    def _decodes_labels(self) -> bool:
+        """Whether its decoder reads the answer; under another head it reads the input, shifted by the model."""
+        named = self._accepted is None or "decoder_input_ids" in self._accepted
+        return getattr(self.sizes.config, "is_encoder_decoder", False) and self.sizes.kind == "tokens" and named
 
     def describe(self) -> facts.Model:
         name = getattr(self.sizes.config, "_name_or_path", "") or ""

@@ -146,6 +146,9 @@ class ServerTeacher:
     def epoch_began(self, epoch: int) -> None:
         """Nothing changes with an epoch."""
 
+    def flush(self) -> None:
+        """Nothing is kept."""
+
     def run(self, *, grad: bool = False, **inputs: Any) -> Any:
         raise ConfigurationError("ServerTeacher: a method that calls the teacher itself needs the model.")
 
