@@ -16,7 +16,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +216,10 @@ def _check_exportable(model: PreTrainedModel) -> None:
         raise ConfigurationError(
             f"{type(model).__name__}: encoder-decoders and multiple choice do not fit one plain graph of (batch, time)."
         )
-    if model.main_input_name not in ("input_ids", "pixel_values"):
+    if model.main_input_name not in ("input_ids", "pixel_values") and not hasattr(model, "example_inputs"):
         raise ConfigurationError(
-            f"{type(model).__name__} takes {model.main_input_name}; exported are models of input_ids or pixel_values."
+            f"{type(model).__name__} takes {model.main_input_name}; exported are models of input_ids or pixel_values, "
+            "and classes that have `example_inputs` and `export_axes`."
         )
 
 
@@ -233,15 +234,27 @@ def _replaced_forward(module: nn.Module) -> bool:
 
 def _trace(model: PreTrainedModel, inputs: Inputs) -> ExportedModel:
     """The graph with named axes and without metadata; `inputs` is copied, the exporter takes entries out of it."""
-    axes = _AXES if model.main_input_name == "input_ids" else _AXES[:1]
-    dims = [torch.export.Dim(axes[0], min=1)]
-    dims += [torch.export.Dim(axis, min=1, max=longest(model, None)) for axis in axes[1:]]
-    config = OnnxConfig(dynamic_shapes={name: dict(enumerate(dims)) for name in inputs})
+    plain = _AXES if model.main_input_name == "input_ids" else _AXES[:1]
+    axes: Mapping[str, tuple[str, ...]] = getattr(model, "export_axes", None) or dict.fromkeys(inputs, plain)
+    most = {axis: longest(model, None) for axis in _AXES[1:]}
+    names = dict.fromkeys(axis for own in axes.values() for axis in own)
+    dims = {axis: _dimension(axis, most.get(axis)) for axis in names}
+    config = OnnxConfig(
+        dynamic_shapes={name: {place: dims[axis] for place, axis in enumerate(axes[name])} for name in inputs}
+    )
     with _quiet(), torch.no_grad():
         exported = OnnxExporter().export(model, dict(inputs), config)
     onnx_graph.strip_metadata(exported.program)
-    onnx_graph.name_axes(exported.program, {name: dict(enumerate(axes)) for name in inputs})
+    named = {name: {place: axis for place, axis in enumerate(axes[name]) if "*" not in axis} for name in inputs}
+    onnx_graph.name_axes(exported.program, named)
     return exported
+
+
+def _dimension(axis: str, most: int | None) -> Any:
+    """An axis that may vary; `320*frames` one that is a multiple."""
+    factor, _, name = axis.rpartition("*")
+    found = torch.export.Dim(name, min=1, max=most)
+    return int(factor) * found if factor else found
 
 
 @contextlib.contextmanager

@@ -71,20 +71,27 @@ def name_axes(model: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> No
     for graph in model.graphs():
         for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
             _rename(value, names, pattern)
+    first = next(iter(names.values()))
     for value in model.graph.outputs:
-        _symbol(value, 0)
+        sizes = [str(getattr(size, "value", size)) for size in value.shape or ()]
+        if (sizes or value.shape is None) and not any(re.search(rf"\b{first}\b", size) for size in sizes):
+            raise _frozen(value, 0)
 
 
 def _symbol(value: onnx_ir.Value, dimension: int) -> str:
     size = value.shape[dimension] if value.shape is not None and len(value.shape) > dimension else None
     symbol = getattr(size, "value", None)
     if not isinstance(symbol, str):
-        raise ConfigurationError(
-            f"{value.name}: axis {dimension} should vary and came out of the export as {size} in {value.shape}; the "
-            "graph would take this one size only. The model's forward turns that size into a constant: find where it "
-            "reads a shape into Python (int(), a branch, an assertion) and keep it a tensor operation."
-        )
+        raise _frozen(value, dimension)
     return symbol
+
+
+def _frozen(value: onnx_ir.Value, dimension: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"{value.name}: axis {dimension} should vary and came out of the export as a number in {value.shape}; the "
+        "graph would take this one size only. The model's forward turns that size into a constant: find where it reads a "
+        "shape into Python (int(), a branch, an assertion) and keep it a tensor operation."
+    )
 
 
 def _rename(value: onnx_ir.Value, names: Mapping[str, str], pattern: re.Pattern[str]) -> None:

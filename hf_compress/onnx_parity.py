@@ -96,13 +96,22 @@ def shape_of(batch: Inputs) -> tuple[int, ...]:
 def example(
     model: PreTrainedModel, processing_class: Any, batch: int, time: int, *, side: Literal["left", "right"]
 ) -> Inputs:
-    """(batch, time) random ids, or images; row r has r · time / (2 · batch) padded positions, the first row none."""
+    """(batch, time) random ids, or images; row r has r · time / (2 · batch) padded positions, the first row none.
+
+    A class with other inputs says itself what they look like: `example_inputs(batch, time, generator)` by name, and
+    `export_axes`, the names of the leading axes of each that may vary, such as `images`, or `320*frames` for one of
+    multiples.
+    """
     generator = torch.Generator().manual_seed(batch * 1000 + time)
+    if hasattr(model, "example_inputs"):
+        own: Inputs = model.example_inputs(batch, time, generator)
+        return own
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(batch, *_image_shape(model.config, processing_class), generator=generator)}
     config = model.config.get_text_config()
     ids = torch.randint(config.vocab_size, (batch, time), generator=generator)
-    pad = config.pad_token_id if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0 else 0
+    named = getattr(config, "pad_token_id", None)
+    pad = named if isinstance(named, int) and named >= 0 else 0
     ids[ids == pad] = (pad + 1) % config.vocab_size
     padded = torch.arange(batch) * time // (2 * batch)
     mask = (torch.arange(time)[None] < time - padded[:, None]).long()

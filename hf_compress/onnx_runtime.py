@@ -50,7 +50,8 @@ class OnnxModel:
         self.session, self.config = session, config
         self.provider: str = session.get_providers()[0]
         self.name_or_path = ""
-        self._dtypes = {spec.name: _DTYPES.get(spec.type, torch.float32) for spec in session.get_inputs()}
+        specs = session.get_inputs()  # one that an output has the name of gets a prefix, which the runner takes off
+        self._dtypes = {spec.name.removeprefix("input."): _DTYPES.get(spec.type, torch.float32) for spec in specs}
         outputs = session.get_outputs()
         self.dtype: torch.dtype = _DTYPES.get(outputs[0].type, torch.float32)
         by_name = torch.utils._pytree.tree_structure({spec.name: 0 for spec in outputs})
@@ -109,7 +110,8 @@ class OnnxModel:
             "pixel_values": pixel_values,
         }
         output = ModelOutput()
-        for name, value in self._runner(**self._reconcile(inputs)).items():
+        for given, value in self._runner(**self._reconcile(inputs)).items():
+            name = given.removeprefix("output.")
             output[name] = value
         return output
 
