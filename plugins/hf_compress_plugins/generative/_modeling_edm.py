@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -54,6 +54,7 @@ class EDMDenoiser(PreTrainedModel):  # type: ignore[misc]  # transformers is not
 
     config_class = EDMDenoiserConfig
     main_input_name = "sample"
+    export_axes: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(("sample", "sigma", "class_labels"), ("images",))
 
     def __init__(self, config: EDMDenoiserConfig) -> None:
         super().__init__(config)
@@ -75,6 +76,18 @@ class EDMDenoiser(PreTrainedModel):  # type: ignore[misc]  # transformers is not
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.1)
+
+    def example_inputs(self, batch: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Inputs of as many images, for the export to ONNX."""
+        config = self.config
+        shape = (batch, config.num_channels, config.image_size, config.image_size)
+        found = {
+            "sample": torch.randn(shape, generator=generator),
+            "sigma": torch.rand(batch, generator=generator) + 0.1,
+        }
+        if config.num_classes:
+            found["class_labels"] = torch.randint(config.num_classes, (batch,), generator=generator)
+        return found
 
     def forward(
         self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None

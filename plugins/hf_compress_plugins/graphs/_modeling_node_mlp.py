@@ -58,6 +58,10 @@ class NodeMLPForSequenceClassification(PreTrainedModel):  # type: ignore[misc]  
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
+    def example_inputs(self, batch: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Features of as many nodes, for the export to ONNX."""
+        return {"features": torch.randn(batch, self.config.features, generator=generator)}
+
     def forward(
         self, features: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None
     ) -> SequenceClassifierOutput:

@@ -189,6 +189,15 @@ class SpeechCodec(PreTrainedModel):  # type: ignore[misc]  # transformers is not
     def _fit(waveform: torch.Tensor, length: int) -> torch.Tensor:
         return nn.functional.pad(waveform[:, 0, :length], (0, max(length - waveform.shape[-1], 0)))
 
+    @property
+    def export_axes(self) -> dict[str, tuple[str, ...]]:
+        """Axes that may vary in the export to ONNX: whole frames of samples."""
+        return {"input_values": ("batch_size", f"{math.prod(self.config.strides)}*frames")}
+
+    def example_inputs(self, batch: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Sounds of as many frames as `length`, for the export to ONNX."""
+        return {"input_values": torch.randn(batch, length * math.prod(self.config.strides), generator=generator)}
+
     def forward(self, input_values: torch.Tensor) -> CodecOutput:
         """Codes and the decoded waveform of (batch, sample); features (batch, frame, feature) of the first layer."""
         quantised = self.quantiser(self.encoder(input_values[:, None]))
