@@ -283,7 +283,7 @@ def _own_loss(
     coefficient: float,
 ) -> tuple[bool, float]:
     """Whether the model has a loss of its own, and the factor on `output.aux_loss` in it."""
-    ids = inputs.get("decoder_input_ids", inputs["input_ids"])
+    ids = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
     labels = torch.arange(ids.numel(), device=ids.device).view_as(ids) % 7
     labels[0, 0] = IGNORED
     given = inputs | {"labels": labels}

@@ -57,8 +57,9 @@ class Needs:
     """What an objective asks of student, teacher and batch.
 
     Taps: `logits`; `hidden:-1`, the first output of the body, after the final norm; `hidden:3`, entry 3 of
-    `hidden_states` (0 is the embeddings); `q:-1`, `k:2`, `v:0`, (batch, heads, time, head dim) after rotation;
-    `input:NAME` and `output:NAME`, of the module of that name; `output.FIELD`.
+    `hidden_states` (0 is the embeddings), of an encoder-decoder those of its encoder, whose tokens the mask tells;
+    `q:-1`, `k:2`, `v:0`, (batch, heads, time, head dim) after rotation; `input:NAME` and `output:NAME`, of the module
+    of that name; `output.FIELD`.
     """
 
     student: frozenset[str] = frozenset({"logits"})

@@ -89,8 +89,8 @@ def _symbol(value: onnx_ir.Value, dimension: int) -> str:
 def _frozen(value: onnx_ir.Value, dimension: int) -> ConfigurationError:
     return ConfigurationError(
         f"{value.name}: axis {dimension} should vary and came out of the export as a number in {value.shape}; the "
-        "graph would take this one size only. The model's forward turns that size into a constant: find where it reads a "
-        "shape into Python (int(), a branch, an assertion) and keep it a tensor operation."
+        "graph would take this one size only. The model's forward turns that size into a constant: find where it "
+        "reads a shape into Python (int(), a branch, an assertion) and keep it a tensor operation."
     )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import MismatchError
-from .objective import Inputs
+from .objective import IGNORED, Inputs
 
 
 def first(output: Any) -> Tensor:
@@ -64,6 +64,8 @@ def two_outcomes(logits: Tensor) -> Tensor:
 
 def hidden_state(output: Any, name: str, index: int) -> Tensor:
     states = output.get("hidden_states") if isinstance(output, Mapping) else None
+    if states is None and isinstance(output, Mapping):  # an encoder-decoder: the side whose tokens the mask tells
+        states = output.get("encoder_hidden_states")
     if states is None:
         raise MismatchError(f"tap {name!r}: the model returned no hidden_states; it has {_fields(output)}.")
     if not -len(states) <= index < len(states):
@@ -74,7 +76,10 @@ def hidden_state(output: Any, name: str, index: int) -> Tensor:
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     """What an encoder-decoder's decoder reads: the labels shifted right, as the model itself does it."""
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or model._shift_right
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or getattr(model, "_shift_right", None)
+    if shift is None:  # a function of its modeling module, not of the model
+        shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
+        return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
     found: Tensor = shift(labels)
     return found
 

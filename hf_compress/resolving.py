@@ -14,6 +14,7 @@ from transformers import Trainer
 from . import registry
 from .errors import ConfigurationError
 from .objective import Inputs, Needs, Objective
+from .outputs import decoder_inputs
 from .taps import unwrap
 
 
@@ -60,6 +61,8 @@ def dry_inputs(student: nn.Module, trainer: Trainer, device: torch.device) -> In
         ids = torch.ones(2, 8, dtype=torch.long, device=device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(model.config, "is_encoder_decoder", False):
+            if isinstance(end := getattr(model.config, "eos_token_id", None), int):
+                ids[:, -1] = end  # where heads on rows read the decoder
             inputs["decoder_input_ids"] = ids
         return inputs
     config = getattr(model, "config", None)
@@ -71,4 +74,8 @@ def dry_inputs(student: nn.Module, trainer: Trainer, device: torch.device) -> In
     data = trainer.train_dataset
     batch = trainer.data_collator([data[0], data[min(1, len(data) - 1)]])
     known = inspect.signature(model.forward).parameters
-    return {name: value.to(device) for name, value in batch.items() if name in known and isinstance(value, Tensor)}
+    found = {name: value.to(device) for name, value in batch.items() if name in known and isinstance(value, Tensor)}
+    labels = found.get("labels")
+    if labels is not None and labels.dim() == 2 and "decoder_input_ids" in known.keys() - found.keys():
+        found["decoder_input_ids"] = decoder_inputs(model, found.pop("labels"))  # no loss is wanted here
+    return found

@@ -109,6 +109,12 @@ class Taps:
         """Hidden states from the blocks themselves, and the end of the forward after the last wanted one."""
         if until not in self.names or until.partition(":")[0] not in ("hidden", "output"):
             raise ConfigurationError(f"teacher_until must be a tapped hidden:i or output:NAME, got {until!r}.")
+        states = any(name.startswith("hidden:") for name in self.names)
+        if states and getattr(getattr(unwrap(self.model), "config", None), "is_encoder_decoder", False):
+            raise ConfigurationError(
+                "teacher_until reads hidden states from the decoder's blocks, and those of an encoder-decoder are its "
+                "encoder's. Leave teacher_until out."
+            )
         for name in sorted(self.names, key=lambda name: name == until):  # its hook is the last on its module
             if not name.startswith("hidden:"):
                 continue

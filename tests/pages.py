@@ -1,4 +1,4 @@
-"""Pages that are generated: the gallery of methods, and the demo's table in the README."""
+"""Pages that are generated: the gallery of methods, the demo's table, results, and what the tests run on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import families
 from hf_compress_evaluation import bench, claims
 from hf_compress_evaluation.demo.summary import markdown
 
@@ -26,6 +27,7 @@ def pages(root: Path) -> dict[Path, str]:
         root / "plugins" / "README.md": gallery(),
         root / "README.md": between(root / "README.md", "demo", demo(root)),
         root / "evaluation" / "README.md": results(root),
+        root / "tests" / "README.md": between(root / "tests" / "README.md", "families", families.markdown()),
     }
 
 

@@ -562,7 +562,7 @@ def test_unknown_names_list_the_nearest() -> None:
         DistillCallback(None, alhpa=0.5)
     with pytest.raises(ConfigurationError, match="not both"):
         DistillCallback(None, config=DistillConfig(), alpha=0.5)
-    with pytest.raises(ConfigurationError, match="rows, tokens, causal"):
+    with pytest.raises(ConfigurationError, match="rows, labels, tokens, causal"):
         DistillConfig(kind="token")  # type: ignore[arg-type]
 
 

@@ -94,7 +94,8 @@ class ModelTeacher:
         return taps, Lazy(self._head.take(), self._head)
 
     def _prove(self, inputs: Inputs) -> None:
-        two = {k: v[:2, :8] for k, v in self.prepared(inputs).items() if isinstance(v, Tensor) and v.dim() == 2}
+        given = {name: value for name, value in self.prepared(inputs).items() if isinstance(value, Tensor)}
+        two = {name: value[:2, :8] if value.dim() == 2 else value[:2] for name, value in given.items() if value.dim()}
         try:
             self._head = prove(self.model, self.sizes.kind, two, task=False).head
         except UnprovenError as error:
