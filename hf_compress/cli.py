@@ -253,6 +253,7 @@ def cache(
 
     `accelerate launch --module hf_compress.cli cache …` shares the rows among processes; a killed run goes on.
     """
+    import torch
     from accelerate import PartialState
     from hf_compress_evaluation.examples import read_rows
     from transformers import AutoTokenizer, DataCollatorWithPadding
@@ -262,7 +263,7 @@ def cache(
     from .teachers.model import load_teacher
 
     _quiet()
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else it overlooks other processes without a GPU
     model, tokenizer = load_teacher(teacher).to(state.device), AutoTokenizer.from_pretrained(teacher)
     rows = read_rows(data)
     if text not in rows.column_names:

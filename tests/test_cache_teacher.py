@@ -452,6 +452,12 @@ def test_two_that_begin_a_folder_at_once_agree_or_one_is_refused(tmp_path: Path)
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_file_system_without_links_serves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", mock.Mock(side_effect=PermissionError("no links here")))
+    CacheTeacher(tmp_path, testing.models(LANGUAGE)[1]).fill([testing.collate(testing.rows(LANGUAGE, 2))])
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
+
+
 def test_single_numbers_in_weights_and_columns_are_hashed_too(tmp_path: Path) -> None:
     teacher = testing.models(LANGUAGE)[1]
     teacher.register_buffer("steps", torch.tensor(3))

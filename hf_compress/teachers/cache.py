@@ -225,7 +225,7 @@ class CacheTeacher:
         """What all of the folder is made with; another teacher or other settings are refused."""
         assert self._live is not None  # asked for with a model alone
         sizes, path = self._live.sizes, self.folder / HEADER
-        text = sizes.config.get_text_config() if sizes.config is not None else None
+        inner = sizes.config.get_text_config() if sizes.config is not None else None
         about = _Header(
             version=1,
             teacher=_digest(self._live.model),
@@ -233,7 +233,7 @@ class CacheTeacher:
             kind=cast(Any, sizes.kind),
             seq2seq=bool(getattr(sizes.config, "is_encoder_decoder", False)),
             vocab=sizes.vocab,
-            embedded=getattr(text, "vocab_size", None),
+            embedded=getattr(inner, "vocab_size", None),
             layers=sizes.layers,
             names=dict(sizes.config.id2label) if sizes.kind in ("rows", "labels") and sizes.config else None,
             reads=self._live.reads,
@@ -241,13 +241,15 @@ class CacheTeacher:
             **vars(self._settings),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f".{uuid4().hex}.part"
-        files.write_text(part, about.model_dump_json(indent=1) + "\n")
+        part, text = self.folder / f".{uuid4().hex}.part", about.model_dump_json(indent=1) + "\n"
+        files.write_text(part, text)
         try:
-            os.link(part, path)  # fails if another process was faster: then its header counts
+            os.link(part, path)  # whole, or not at all if another process was faster: then its header counts
         except FileExistsError:
             self._header = _read_part(_Header, path)
             self._same(about)
+        except OSError:  # a file system without links
+            files.write_text(path, text)
         finally:
             part.unlink()
         self._header = about
