@@ -64,7 +64,7 @@ def old_pieces(
         its name; any other token's twin of the same bytes, else its old pieces.
     """
     forms, old_special = byte_forms(tokenizer), special_ids(tokenizer)
-    same = {form: index for index, form in forms.items() if index not in old_special}
+    same = {form: index for index, form in _rarest_first(tokenizer, forms) if index not in old_special}
     names, played = tokenizer.get_vocab(), _counterparts(tokenizer, new_tokenizer, roles, new_roles)
     new_forms, new_special = byte_forms(new_tokenizer), special_ids(new_tokenizer)
     cut, found = _cutter(tokenizer), list[list[int]]([] for _ in range(max(new_forms) + 1))
@@ -74,6 +74,12 @@ def old_pieces(
             twin = names.get(played.get(form, form))
         found[index] = cut(form) if twin is None else [twin]
     return found
+
+
+def _rarest_first(tokenizer: Any, forms: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Id and form of each token, those that stand for a single byte where no piece fits before pieces of that form."""
+    spare = {index for token, index in tokenizer.get_vocab().items() if token.startswith("<0x")}
+    return sorted(forms.items(), key=lambda pair: (pair[0] not in spare, pair[0]))
 
 
 def _counterparts(
@@ -208,7 +214,7 @@ def _spelled(tokenizer: Any, new_tokenizer: Any, longest: int) -> Mapping[int, i
     special, cut = special_ids(tokenizer), _cutter(new_tokenizer)
     found = {
         suffix_hash(ids): index
-        for index, form in byte_forms(tokenizer).items()
+        for index, form in _rarest_first(tokenizer, byte_forms(tokenizer))
         if index not in special and 0 < len(ids := cut(form)) <= longest
     }
     if not found:
