@@ -130,7 +130,7 @@ def check_head(student: Sizes, objectives: Sequence[Objective], needs: Sequence[
         if student.kind == "labels" and objective.overrides("forward") and "logits" in need.student:
             raise MismatchError(
                 f"{objective.name} compares one distribution over classes a row, and a multi-label head has one of two "
-                "outcomes for each label. Use a method on each position (kd, gkd, taid) or on hidden states."
+                "outcomes for each label. Use a method whose values are per position, or one on hidden states."
             )
 
 

@@ -1,7 +1,7 @@
 """The output embedding of a language model called on chosen rows alone, because all its logits are the memory.
 
-While a `Head` is `skipping`, the model's own forward gets an empty tensor from its output embedding, whose input is
-kept. `Head.rows` then gives the logits of chosen rows: through the module itself (bias, adapters, int8, ties), and
+After `Head.skip` the model's own forward gets an empty tensor from its output embedding, whose input is kept. Calling
+the `Head` on rows of that input then gives their logits: through the module itself (bias, adapters, int8, ties), and
 through what the model does after it (soft cap, scale). What that is, is proven before it is used: known values are sent
 through the untouched model and compared.
 """
@@ -190,7 +190,7 @@ class Head:
         try:
             with self.instead(_empty):
                 empty = logits_of(run())
-        except Exception as error:
+        except Exception as error:  # whatever a forward raises that meets an empty last axis
             raise UnprovenError(f"the model needs its logits: {type(error).__name__}: {error}") from error
         if empty.shape[-1]:
             raise UnprovenError("the model makes logits of more than its output embedding")

@@ -166,6 +166,11 @@ def test_what_a_server_cannot_give_is_refused_before_training(tmp_path: Path) ->
         trainer(tmp_path, teacher_at("http://127.0.0.1:9/v1", vocab=61))
 
 
+def test_the_record_holds_a_hub_id_and_never_a_path() -> None:
+    for model, name in (("me/big", "me/big"), ("/srv/models/big", None), ("./big model", None)):
+        assert ServerTeacher(Endpoint(url="http://127.0.0.1:9/v1", model=model), vocab=9).describe().name == name
+
+
 def test_on_policy_batches_can_be_asked_for(tmp_path: Path) -> None:
     class Shifted(toys.Toy):
         """Replaces the tokens of a batch by others."""

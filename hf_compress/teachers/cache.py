@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +32,6 @@ from hf_compress.heads import Logits
 from hf_compress.objective import IGNORED, Inputs, Sizes, batch_size, tokens
 from hf_compress.teachers.model import ModelTeacher
 from hf_compress.teachers.sparse import Sparse, Stored
-
-logger = logging.getLogger(__name__)
 
 HEADER = "cache.json"
 READ = (
@@ -155,7 +152,7 @@ class CacheTeacher:
         top_k: likeliest tokens kept of each position's logits, as log-probabilities normalised over the whole
             vocabulary; the rest is one sum (see `sparse.completed`). None: all logits.
         key: integer column of the batch that names the example; None: by content.
-        dtype: of what is stored; float16 costs a KL divergence about 1e-5 nats.
+        dtype: of what is stored; float16 keeps eleven significant bits, bfloat16 eight.
 
     Raises:
         ConfigurationError: for settings other than those that the folder was made with.
@@ -303,7 +300,7 @@ class CacheTeacher:
     def apart(self, inputs: Inputs) -> tuple[Mapping[str, Tensor], Logits | None]:
         """The stored taps for one batch, padded like it, and the logits by rows."""
         keys = self._keys(inputs)
-        if missing := [row for row, key in enumerate(keys) if key not in self._places and key not in self._staged]:
+        if missing := self._missing(keys):
             self._fill(inputs, keys, missing)
         ahead = self._ahead.pop(tuple(keys), None)
         found = self._read_all(keys) if ahead is None else ahead.result()
@@ -362,6 +359,10 @@ class CacheTeacher:
                 digest.update(f"{name} {tuple(own.shape)} {own.dtype}".encode())
                 digest.update(own.reshape(-1).view(torch.uint8).numpy().tobytes())
         return [digest.hexdigest() for digest in digests]
+
+    def _missing(self, keys: Sequence[str]) -> list[int]:
+        """The rows whose examples are not known."""
+        return [row for row, key in enumerate(keys) if key not in self._places and key not in self._staged]
 
     def _is_seq2seq(self) -> bool:
         return bool(getattr(self.sizes.config, "is_encoder_decoder", False))
@@ -457,7 +458,7 @@ class CacheTeacher:
                 examples=dict(self._staged),
             )
             part.replace(path)
-        except BaseException:
+        except BaseException:  # a full disk, or Ctrl-C: no torn file stays
             part.unlink(missing_ok=True)
             raise
         files.write_text(self.folder / f"{name}.json", manifest.model_dump_json() + "\n")
@@ -481,8 +482,7 @@ class CacheTeacher:
         for inputs in batches:
             given = {name: values for name, values in inputs.items() if isinstance(values, Tensor)}
             keys = self._keys(given)
-            missing = [row for row, key in enumerate(keys) if key not in self._places and key not in self._staged]
-            if missing:
+            if missing := self._missing(keys):
                 self._fill(given, keys, missing)
         if flush:
             self.flush()
@@ -513,9 +513,7 @@ class CacheTeacher:
 
     def holds(self, inputs: Inputs) -> bool:
         """Whether every example of a batch is there; unknown of another data set where a column names them."""
-        if self._settings.key is not None:
-            return False
-        return all(key in self._places or key in self._staged for key in self._keys(inputs))
+        return self._settings.key is None and not self._missing(self._keys(inputs))
 
     def _read_all(self, keys: Sequence[str]) -> list[dict[str, Tensor]]:
         return [self._read(key) for key in keys]

@@ -136,11 +136,10 @@ class ModelTeacher:
         return getattr(self.sizes.config, "is_encoder_decoder", False) and self.sizes.kind == "tokens" and named
 
     def describe(self) -> facts.Model:
-        name = getattr(self.sizes.config, "_name_or_path", "") or ""
-        hub = bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+        name = hub_name(getattr(self.sizes.config, "_name_or_path", ""))
         return facts.Model(
-            name=name if hub else None,
-            revision=getattr(self.sizes.config, "_commit_hash", None) if hub else None,
+            name=name,
+            revision=getattr(self.sizes.config, "_commit_hash", None) if name else None,
             architecture=type(self.model).__name__,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             layers=self.sizes.layers or None,
@@ -158,6 +157,11 @@ class ModelTeacher:
             parameter.requires_grad_(True)
         for module in self._modes:
             module.training = True
+
+
+def hub_name(name: str | None) -> str | None:
+    """A model's name for the record, if it is a hub id; never a path."""
+    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:

@@ -18,6 +18,7 @@ from hf_compress.errors import ConfigurationError, MismatchError, TeacherError
 from hf_compress.heads import Logits
 from hf_compress.objective import Inputs, Sizes, tokens
 from hf_compress.teachers.endpoint import Endpoint
+from hf_compress.teachers.model import hub_name
 from hf_compress.teachers.sparse import Sparse
 
 Row = list[tuple[int, float]]
@@ -153,7 +154,7 @@ class ServerTeacher:
         raise ConfigurationError("ServerTeacher: a method that calls the teacher itself needs the model.")
 
     def describe(self) -> facts.Model:
-        return facts.Model(name=self.endpoint.model, architecture="served", parameters=0)
+        return facts.Model(name=hub_name(self.endpoint.model), architecture="served", parameters=0)
 
     def close(self) -> None:
         """Nothing was taken."""
