@@ -64,11 +64,17 @@ class Model(_Part):
     name: Text | None = Field(default=None, description="hub id; None for a local folder or an object in memory")
     revision: Text | None = None
     architecture: Text
-    parameters: int = Field(ge=0)
+    parameters: int | None = Field(default=None, ge=0, description="None: not known, as behind a server")
     layers: int | None = None
     start: Text | None = Field(
         default=None, description="where the weights came from, e.g. 'layers 0, 2, 4 of teacher'"
     )
+
+
+def _counted(model: Model) -> Model:
+    if model.parameters is None:
+        raise ValueError("a student's parameters must be counted")
+    return model
 
 
 class Data(_Part):
@@ -99,7 +105,7 @@ class Training(_Part):
     task: Text
     teacher: Model | None = None
     frozen: dict[Text, Model] = Field(default={}, description="further frozen models by role")
-    student: Model
+    student: Annotated[Model, AfterValidator(_counted)]
     methods: tuple[Method, ...]
     task_weight: FiniteFloat
     data: Data

@@ -182,6 +182,14 @@ def test_a_folder_without_measurements_says_so_and_its_card_is_valid(
     assert not (folder / "evidence").exists()
 
 
+def test_a_size_that_nobody_counted_is_not_on_the_card(tmp_path: Path) -> None:
+    unknown = training(teacher=Model(name="me/teacher", architecture="served"))
+    card = render(made(tmp_path / "student", Record(training=unknown)))
+    assert re.findall(r"\S+ \S+ parameters", card) == ["17.4 M parameters"] * 2, card
+    with pytest.raises(ValueError, match="must be counted"):
+        training(student=Model(architecture=BERT))
+
+
 def test_a_folder_of_nothing_has_a_card(tmp_path: Path) -> None:
     assert "student is a model. How it was trained is not recorded." in render(tmp_path / "student")
 

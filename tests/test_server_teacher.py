@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_compress import DistillCallback, testing
 from hf_compress.errors import ConfigurationError, MismatchError, TeacherError
+from hf_compress.facts import Model
 from hf_compress.teachers.endpoint import Endpoint
 from hf_compress.teachers.server import ServerTeacher
 
@@ -168,7 +169,9 @@ def test_what_a_server_cannot_give_is_refused_before_training(tmp_path: Path) ->
 
 def test_the_record_holds_a_hub_id_and_never_a_path() -> None:
     for model, name in (("me/big", "me/big"), ("/srv/models/big", None), ("./big model", None)):
-        assert ServerTeacher(Endpoint(url="http://127.0.0.1:9/v1", model=model), vocab=9).describe().name == name
+        assert ServerTeacher(Endpoint(url="http://127.0.0.1:9/v1", model=model), vocab=9).describe() == Model(
+            name=name, architecture="served"
+        )
 
 
 def test_on_policy_batches_can_be_asked_for(tmp_path: Path) -> None:

@@ -107,9 +107,10 @@ class EnsembleTeacher:
 
     def describe(self) -> facts.Model:
         each = [teacher.describe() for teacher in self.teachers]
+        counts = [one.parameters for one in each if one.parameters is not None]
         return facts.Model(
             architecture=f"mean of {', '.join(one.architecture for one in each)}",
-            parameters=sum(one.parameters for one in each),
+            parameters=sum(counts) if len(counts) == len(each) else None,
         )
 
     def close(self) -> None:

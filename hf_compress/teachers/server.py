@@ -154,7 +154,7 @@ class ServerTeacher:
         raise ConfigurationError("ServerTeacher: a method that calls the teacher itself needs the model.")
 
     def describe(self) -> facts.Model:
-        return facts.Model(name=hub_name(self.endpoint.model), architecture="served", parameters=0)
+        return facts.Model(name=hub_name(self.endpoint.model), architecture="served")
 
     def close(self) -> None:
         """Nothing was taken."""

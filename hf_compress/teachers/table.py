@@ -34,7 +34,7 @@ class TableTeacher:
             raise ConfigurationError(f"TableTeacher: outputs must have one row an id, got {sorted(rows)} rows.")
         self.outputs = {tap: values.detach() for tap, values in outputs.items()}
         self.column, self.rows = column, rows.pop()
-        self.about = about or facts.Model(architecture="table", parameters=0)
+        self.about = about or facts.Model(architecture="table")
         vocab = outputs["logits"].shape[-1] if "logits" in outputs else 0
         self.sizes = Sizes(kind=kind, layers=0, width=0, heads=0, vocab=vocab, config=None)
 
