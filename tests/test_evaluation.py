@@ -539,6 +539,18 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
     assert len(examples.read_rows(path, split="train[:1]")) == 1
 
 
+def test_reading_a_file_tells_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *where, **_: asked.append(where))
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\nfine,0\n")
+
+    examples.read_rows(path)
+
+    assert not asked
+
+
 @pytest.mark.parametrize(
     ("keys", "error", "match"),
     [

@@ -398,8 +398,8 @@ def test_tokens_of_every_kind_have_a_form_in_bytes() -> None:
     marked = tokenizer(4)
     marked.backend_tokenizer.add_special_tokens(["<a b>"])
     marked.backend_tokenizer.add_tokens(["c d"])
-    named = {token: byte_forms(marked)[index] for token, index in marked.get_vocab().items()}
-    assert (named["<a b>"], named["c d"]) == ("<a b>", "cĠd")
+    forms, names = byte_forms(marked), marked.get_vocab()
+    assert (forms[names["<a b>"]], forms[names["c d"]]) == ("<a b>", "cĠd")
     assert space_mask(pieces, len(pieces))[pieces.get_vocab()["▁the"]]
     with pytest.raises(ConfigurationError, match="WordPiece"):
         byte_forms(tiny_tokenizer())

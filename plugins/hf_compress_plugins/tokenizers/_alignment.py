@@ -81,7 +81,8 @@ def sentence_pieces(tokenizer: Any) -> bool:
     plain = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if kind in ("BPE", "Unigram") and any("▁" in token for token in plain):
         return True
-    odd = next((token for token in sorted(plain) if not set(token) <= set(bytes_to_unicode().values())), None)
+    letters = set(bytes_to_unicode().values())
+    odd = next((token for token in sorted(plain) if not letters.issuperset(token)), None)
     if kind != "BPE" or odd is not None:
         problem = f"token {odd!r} has letters that stand for no byte" if odd else f"its model is {kind}"
         raise ConfigurationError(
@@ -98,14 +99,14 @@ def byte_forms(tokenizer: Any) -> dict[int, str]:
         ConfigurationError: for a tokenizer that is neither byte-level nor SentencePiece.
     """
     pieces, special, added = sentence_pieces(tokenizer), special_ids(tokenizer), tokenizer.added_tokens_decoder
+    letters: dict[int, str] = bytes_to_unicode()
     return {
-        index: token if index in special or not (pieces or index in added) else _form(token)
+        index: token if index in special or not (pieces or index in added) else _form(token, letters)
         for token, index in tokenizer.get_vocab().items()
     }
 
 
-def _form(token: str) -> str:
-    letters: dict[int, str] = bytes_to_unicode()
+def _form(token: str, letters: dict[int, str]) -> str:
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
         return letters[int(byte[1], 16)]
     return "".join(letters[byte] for byte in token.replace("▁", " ").encode())
