@@ -1,8 +1,9 @@
 """`DistillCallback`: distillation inside an unmodified `transformers.Trainer`.
 
 `on_init_end` is called from inside `Trainer.__init__`; the callback takes the Trainer from the frames above it and
-attaches a `Distiller` to the student before the optimizer exists. A forward hook on the student runs the teacher and
-replaces `output.loss`. `on_train_end` takes everything off, so `save_model` writes a clean student.
+attaches a `Distiller` to the student before the optimizer exists. Hooks around the student's forward run the teacher
+before it and replace `output.loss` after it. `on_train_end` takes everything off, so `save_model` writes a clean
+student.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class DistillConfig:
     """Where the student's distributions stand; None: told by the class of the model."""
     memory: Memory = "auto"
     """Logits of language models: "chunked", a few positions at a time, never as a whole; "dense"; "auto": in chunks
-    from 64 MiB a batch, where it is proven to give the same."""
+    from 8 MiB a batch on a CPU and 64 MiB elsewhere, where it is proven to give the same."""
     chunk: int = 64
     """Positions of a chunk."""
     data: str | None = None
@@ -76,6 +76,17 @@ class DistillConfig:
                 f"memory must be one of {', '.join(get_args(Memory))} and chunk at least 1, got {self.memory!r} and "
                 f"{self.chunk}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Targets:
+    """What teacher and frozen models gave for a batch."""
+
+    teacher: Mapping[str, Tensor]
+    logits: Logits | None
+    """The teacher's by rows, where they are not among its taps."""
+    frozen: Mapping[str, Mapping[str, Tensor]]
+    frozen_logits: Mapping[str, Logits]
 
 
 class Run:
@@ -195,6 +206,7 @@ class Run:
         self._reached = self._label_column = False
         self.step: Step | None = None
         self._inputs: Inputs | None = None
+        self._targets: _Targets | None = None
         self._own_states = self._tuple = False
 
     @property
@@ -463,7 +475,7 @@ class Run:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._inputs = None  # a forward that was interrupted (Ctrl-C) has ended without its hooks
+        self._inputs = self._targets = None  # a forward that was interrupted (Ctrl-C) has ended without its hooks
         self.chunking.stop()
         names = list(inspect.signature(unwrap(module).forward).parameters)
         inputs: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
@@ -502,6 +514,7 @@ class Run:
         if self._tuple:
             seen["return_dict"] = True
         self.chunking.on = training and self.chunking.wanted(self._inputs)
+        self._targets = self._run_teachers(self._inputs)  # first: what it needs on the way is free again by then
         if self.chunking.on:
             seen = self.chunking.begin(seen)
         self._taps.start()
@@ -522,12 +535,13 @@ class Run:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         inputs, self._inputs = self._inputs, None
+        targets, self._targets = self._targets, None
         if self._taps is not None:
             self._taps.stop()
         self.chunking.stop()
-        if inputs is None or output is None or self._taps is None:  # not watched, or the forward raised
+        if inputs is None or targets is None or output is None or self._taps is None:  # not watched, or it raised
             return output
-        signals, apart = self._signals(inputs, output)
+        signals, apart = self._signals(inputs, output, targets)
         clean = without_states(output) if self._own_states else output
         if self.trainer.compute_loss_func is not None and "labels" not in inputs:
             self.pending = (inputs, signals)
@@ -557,7 +571,30 @@ class Run:
         own = compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(max(window.labels, 1.0)))
         return self._total(inputs, signals, own, normalised=True)
 
-    def _signals(self, inputs: Inputs, output: Any) -> tuple[Signals, Apart | None]:
+    def _run_teachers(self, inputs: Inputs) -> _Targets:
+        """What teacher and frozen models give for a batch, before the student's own forward."""
+        chunked = self.chunking.on
+        given = inputs
+        seen: Mapping[str, Tensor] = {}
+        lazily: Logits | None = None
+        if self.teacher is not None and any(need.teacher for need in self.needs):
+            for objective in self.distiller.objectives:
+                assert self.step is not None  # made by the pre-hook
+                if objective.overrides("teacher_batch"):
+                    given = objective.teacher_batch(given, self.step)
+            late = chunked or self._recorded is not None
+            seen, lazily = rows_of(self.teacher, given) if late else (self.teacher(given), None)
+        others = {
+            role: rows_of(other, inputs) if chunked else (other(inputs), None) for role, other in self.frozen.items()
+        }
+        return _Targets(
+            teacher=seen,
+            logits=lazily,
+            frozen={role: taps for role, (taps, _) in others.items()},
+            frozen_logits={role: logits for role, (_, logits) in others.items() if logits is not None},
+        )
+
+    def _signals(self, inputs: Inputs, output: Any, targets: _Targets) -> tuple[Signals, Apart | None]:
         """What the models gave, and apart from it the logits that are taken in chunks."""
         assert self._taps is not None  # checked by the hook
         student = self._taps.read(output)
@@ -571,37 +608,24 @@ class Run:
                         f"tap {name!r} carries no gradient: its term would teach nothing. With gradient checkpointing "
                         "set gradient_checkpointing_kwargs={'use_reentrant': False}; else check what is frozen."
                     )
-        seen: Mapping[str, Tensor] = {}
-        lazily: Logits | None = None
-        if self.teacher is not None and any(need.teacher for need in self.needs):
-            given = inputs
-            for objective in self.distiller.objectives:
-                assert self.step is not None  # made by the pre-hook
-                if objective.overrides("teacher_batch"):
-                    given = objective.teacher_batch(given, self.step)
-            late = chunked or self._recorded is not None
-            seen, lazily = rows_of(self.teacher, given) if late else (self.teacher(given), None)
-        others = {
-            role: rows_of(other, inputs) if chunked else (other(inputs), None) for role, other in self.frozen.items()
-        }
         signals = Signals(
             student=student,
-            teacher=seen,
-            frozen={role: taps for role, (taps, _) in others.items()},
+            teacher=targets.teacher,
+            frozen=targets.frozen,
             inputs=inputs,
             positions=o.positions(self.kind, inputs),
             tokens=o.tokens(inputs),
             examples=o.batch_size(inputs),
         )
         if not chunked:
-            if lazily is not None:
-                whole = d.whole_logits(lazily, student["logits"], signals.positions)
-                signals = replace(signals, teacher={**seen, "logits": whole})
+            if targets.logits is not None:
+                whole = d.whole_logits(targets.logits, student["logits"], signals.positions)
+                signals = replace(signals, teacher={**targets.teacher, "logits": whole})
             if self._real is not None:
                 signals = d.of_classes(signals, self._real)
             return d.of_labels(signals) if self.kind == "labels" else signals, None
-        frozen = {role: logits for role, (_, logits) in others.items() if logits is not None}
-        return signals, Apart(student=self.chunking.logits(), teacher=lazily, frozen=frozen, classes=self._real)
+        own = self.chunking.logits()
+        return signals, Apart(student=own, teacher=targets.logits, frozen=targets.frozen_logits, classes=self._real)
 
     def _total(
         self,

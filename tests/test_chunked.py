@@ -311,7 +311,7 @@ def test_small_logits_stay_whole_and_large_ones_do_not(
     monkeypatch: pytest.MonkeyPatch, taken: list[int], tmp_path: Path
 ) -> None:
     for limit, expected in ((3 * 12 * 61 * 4, False), (3 * 12 * 61 * 4 - 1, True)):
-        monkeypatch.setattr(chunked, "LIMIT", limit)
+        monkeypatch.setattr(chunked, "LIMITS", {"cpu": limit})
         made, _, _ = trainer(tmp_path, model(*MODELS["llama"]), model(*MODELS["llama"], seed=1), memory="auto",
                                 data=rows(False)[:3], gradient_accumulation_steps=1)  # fmt: skip
         made.train()
@@ -381,7 +381,7 @@ def test_what_needs_whole_logits_has_them_and_says_why(
     made, _, _ = trainer(tmp_path, model(*families[names]), model(*families[names], seed=1), **settings)
     with pytest.raises(ConfigurationError, match=rf'memory="chunked" cannot be had: .*{why}'):
         made.train()
-    monkeypatch.setattr(chunked, "LIMIT", 1)
+    monkeypatch.setattr(chunked, "LIMITS", {"cpu": 1})
     made, _, _ = trainer(
         tmp_path, model(*families[names]), model(*families[names], seed=1), memory="auto", max_steps=2, **settings
     )
@@ -396,7 +396,7 @@ def test_what_needs_whole_logits_has_them_and_says_why(
 def test_a_loss_function_of_the_user_s_reads_whole_logits(
     tmp_path: Path, taken: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked, "LIMIT", 1)
+    monkeypatch.setattr(chunked, "LIMITS", {"cpu": 1})
     student, teacher = model(*MODELS["llama"]), model(*MODELS["llama"], seed=1)
     ours = DistillCallback(teacher, "kd")
     made = Trainer(
