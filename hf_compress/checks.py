@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import AutoTokenizer, Trainer, TrainerCallback
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedConfig, Trainer, TrainerCallback
+from transformers.utils import cached_file
 
 from . import objective as o
 from .errors import ConfigurationError, MismatchError
 from .objective import Inputs, Kind, Needs, Objective, Sizes
+from .teachers.model import hub_name
 
 logger = logging.getLogger(__name__)
+
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+"""Files of which a model's folder or repository holds one if it has a tokenizer."""
 
 
 def check_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
@@ -194,8 +199,8 @@ def check_tokenizers(processing_class: Any, student: Sizes, teacher: Sizes) -> N
             f"the tokenizer has {len(tokenizer)} tokens, the teacher embeds {rows}. Tokenize with the teacher's "
             "tokenizer, or choose a method of the tokenizers family."
         )
-    folder = Path(getattr(teacher.config, "_name_or_path", "") or "missing")
-    if not known or not (folder / "tokenizer.json").is_file():
+    theirs = tokenizer_beside(teacher.config) if known else None
+    if theirs is None:
         if own != rows:
             raise MismatchError(
                 f"the student embeds {own} tokens, the teacher {rows}, and there are no two tokenizers to compare, so "
@@ -204,10 +209,38 @@ def check_tokenizers(processing_class: Any, student: Sizes, teacher: Sizes) -> N
             )
         logger.info("hf_compress: the teacher brings no tokenizer to compare; its ids are taken to be the student's")
         return
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
-    differing = [token for token, index in tokenizer.get_vocab().items() if theirs.get(token) != index]
+    ids = theirs.get_vocab()
+    differing = [token for token, index in tokenizer.get_vocab().items() if ids.get(token) != index]
     if differing:
         raise MismatchError(
             f"{len(differing)} tokens of the tokenizer have another id in the teacher's, first {differing[0]!r}. The "
             "teacher would read other words. Use its tokenizer, or a method of the tokenizers family."
+        )
+
+
+def tokenizer_beside(config: PreTrainedConfig | None) -> Any | None:
+    """The tokenizer in the folder or the repository that a model came from; None: there is none, or none to reach."""
+    source = str(getattr(config, "_name_or_path", "") or "")
+    if not (Path(source).is_dir() if source else False) and hub_name(source) is None:
+        return None
+    quiet = {f"_raise_exceptions_for_{why}": False for why in ("gated_repo", "missing_entries", "connection_errors")}
+    if not any(cached_file(source, name, **quiet) for name in TOKENIZERS):  # without one some classes make an empty one
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        logger.warning("hf_compress: the teacher's tokenizer cannot be read, and its ids are not compared: %s", error)
+        return None
+
+
+def warn_of_probabilities(scores: Tensor) -> None:
+    """Says it where a teacher's scores are squashed already: their softmax is nearly flat.
+
+    Args:
+        scores: (position, class), all of a batch that are scored.
+    """
+    if scores.numel() >= 8 and 0 <= float(scores.min()) < float(scores.max()) <= 1:
+        logger.warning(
+            "hf_compress: the teacher's scores all lie between 0 and 1, as probabilities do; taken as logits they "
+            "differ too little to teach. Give its logits, or the logarithms of its probabilities."
         )

@@ -5,13 +5,28 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import fields, make_dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from .errors import MismatchError
 from .objective import IGNORED, Inputs
+
+
+def tensors(output: Any, device: torch.device | None) -> Any:
+    """An output with tensors for arrays, which heads outside torch give, and a tuple for a list."""
+    if isinstance(output, np.ndarray):
+        return torch.from_numpy(output).to(device)
+    if isinstance(output, list) or (isinstance(output, tuple) and any(isinstance(one, np.ndarray) for one in output)):
+        return tuple(tensors(one, device) for one in output)
+    if isinstance(output, Mapping) and any(isinstance(value, np.ndarray) for value in output.values()):
+        return {name: tensors(value, device) for name, value in output.items()}
+    return output
 
 
 def first(output: Any) -> Tensor:
@@ -97,10 +112,20 @@ def without_states(output: Any) -> Any:
     return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
 
 
+@cache
+def _with_field(kind: type[ModelOutput]) -> type[ModelOutput]:
+    """The class with a field for a loss: several processes take an output apart and make it anew from its fields."""
+    made: type[ModelOutput] = make_dataclass(kind.__name__, [("loss", Any, None)], bases=(kind,))
+    return made
+
+
 def with_loss(output: Any, loss: Tensor) -> Any:
     """The output with another loss, in the form and order that it had."""
     if isinstance(output, Mapping):
-        changed: Any = copy.copy(output)  # the class may have no field for a loss: a body without a head
+        if isinstance(output, ModelOutput) and "loss" not in {field.name for field in fields(output)}:
+            kind: Any = type(output)
+            output = _with_field(kind)(**output)  # a body without a head
+        changed: Any = copy.copy(output)
         changed["loss"] = loss
         if isinstance(changed, OrderedDict):
             changed.move_to_end("loss", last=False)

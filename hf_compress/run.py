@@ -18,7 +18,15 @@ from transformers import Trainer
 
 from . import distiller as d
 from . import objective as o
-from .checks import check_apart, check_head, check_ids, check_labels, check_pair, check_tokenizers
+from .checks import (
+    check_apart,
+    check_head,
+    check_ids,
+    check_labels,
+    check_pair,
+    check_tokenizers,
+    warn_of_probabilities,
+)
 from .chunked import Apart, Chunking, rows_of
 from .data import Mixture, check_mixture, set_epoch
 from .distiller import PREFIX, Counts, Distiller
@@ -147,7 +155,8 @@ class Run:
         self.networks = Networks({})
         self._recorded = self.teacher if isinstance(self.teacher, Recorded) else None
         columns: frozenset[str] = self._recorded.columns if self._recorded is not None else frozenset()
-        self.columns = columns.union(*(need.columns for need in self.needs))
+        self.required = columns.union(*(need.columns for need in self.needs))
+        self.columns = self.required | self._read_by_teachers(removed=trainer.args.remove_unused_columns)
         fixed = self._recorded is not None and self._recorded.fixed
         if fixed and any(objective.overrides("batch") for objective in objectives):
             raise ConfigurationError(
@@ -187,6 +196,15 @@ class Run:
         unknown = isinstance(source, nn.Module) and getattr(unwrap(source), "config", None) is None
         return teacher_for(source, self.student, self.config.kind or (self.kind if unknown else None))
 
+    def _read_by_teachers(self, *, removed: bool) -> set[str]:
+        """Columns that a frozen model reads and the student does not: the Trainer would take them out of the data, or
+        break the student's forward with them."""
+        own = inspect.signature(unwrap(self.student).forward).parameters
+        if not removed and any(one.kind is inspect.Parameter.VAR_KEYWORD for one in own.values()):
+            return set()  # the student may read them under names that it does not tell
+        models = [other for other in (self.teacher, *self.frozen.values()) if other is not None]
+        return {name for other in models for name in getattr(other, "reads", None) or ()} - own.keys()
+
     def _check_rescored(self, objectives: Sequence[Objective]) -> None:
         """Labels that a method writes itself are no targets for the task's own loss."""
         names = [obj.name for obj, need in zip(objectives, self.needs, strict=True) if need.rescored]
@@ -203,7 +221,7 @@ class Run:
         self.pending: tuple[Inputs, Any] | None = None
         self.reports.reset()
         self._means = Sums({})
-        self._reached = self._label_column = False
+        self._reached = self._label_column = self._looked = False
         self.step: Step | None = None
         self._inputs: Inputs | None = None
         self._targets: _Targets | None = None
@@ -416,6 +434,9 @@ class Run:
     def end(self) -> None:
         """End of `train()`: last words of the methods, the record, and a clean student."""
         try:
+            best = self.trainer.state.best_model_checkpoint
+            if self.trainer.args.load_best_model_at_end and best and reload_renamed(self.student, Path(best)):
+                logger.info("hf_compress: %s names weights as older releases did; loaded anew", Path(best).name)
             finishing = [objective for objective in self.distiller.objectives if objective.overrides("finish")]
             step = self.step or (make_step(self) if finishing else None)  # resumed at its end, a run has no step
             for objective in finishing:
@@ -490,7 +511,7 @@ class Run:
             )
         if not training and not measuring:
             return (), seen
-        if missing := self.columns - inputs.keys():
+        if missing := self.required - inputs.keys():
             raise MismatchError(
                 f"the batch lacks {sorted(missing)}, which {[x.name for x in self.distiller.objectives]} need; it has "
                 f"{sorted(inputs)}. Add them to the data set and to what the collator passes on."
@@ -601,13 +622,13 @@ class Run:
         chunked = self.chunking.on
         if chunked:
             student.pop("logits", None)
-        if self.is_training():
-            for name, tensor in student.items():
-                if not tensor.requires_grad:
-                    raise ConfigurationError(
-                        f"tap {name!r} carries no gradient: its term would teach nothing. With gradient checkpointing "
-                        "set gradient_checkpointing_kwargs={'use_reentrant': False}; else check what is frozen."
-                    )
+        fixed = sorted(name for name, tensor in student.items() if not tensor.requires_grad)
+        if fixed and self.is_training():
+            raise ConfigurationError(
+                f"taps {fixed} carry no gradient: their terms would teach nothing. With gradient checkpointing set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}; else check what is frozen, as a base under "
+                "adapters is."
+            )
         signals = Signals(
             student=student,
             teacher=targets.teacher,
@@ -618,8 +639,13 @@ class Run:
             examples=o.batch_size(inputs),
         )
         if not chunked:
+            scores = targets.teacher.get("logits")
+            if scores is not None and self._distributions and not self._looked:
+                self._looked = True
+                warn_of_probabilities(d.select_logits(scores, signals.positions))
             if targets.logits is not None:
-                whole = d.whole_logits(targets.logits, student["logits"], signals.positions)
+                beside = student["logits"][..., : self._real]  # of padded vocabularies the rest is nobody's
+                whole = d.whole_logits(targets.logits, beside, signals.positions)
                 signals = replace(signals, teacher={**targets.teacher, "logits": whole})
             if self._real is not None:
                 signals = d.of_classes(signals, self._real)

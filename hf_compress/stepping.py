@@ -14,7 +14,7 @@ from . import objective as o
 from .errors import ConfigurationError
 from .objective import Step
 from .outputs import logits_of, two_outcomes
-from .taps import evaluating
+from .taps import evaluating, returns_tuple
 
 if TYPE_CHECKING:
     from .run import Run
@@ -54,6 +54,8 @@ class _Calls:
         )
 
     def run_student(self, *, grad: bool = False, **inputs: Any) -> Any:
+        if returns_tuple(self.run.student, inputs):
+            inputs["return_dict"] = True
         with torch.set_grad_enabled(grad):
             return self.run.student.forward(**inputs)  # not __call__: the hook must not be entered again
 

@@ -23,6 +23,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -128,7 +129,7 @@ def models(task: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMod
     return copy.deepcopy(student).to(dtype), copy.deepcopy(teacher).to(dtype)
 
 
-def _pair(case: Case, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
+def pair(case: Case, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
     """`models` with the case's own student."""
     student, teacher = models(case.task, dtype)
     if case.student is not None:
@@ -250,10 +251,27 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     data: list[dict[str, Any]] | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
+    kind: type[Trainer] = Trainer,
+    wrap: Callable[[PreTrainedModel], Any] = lambda teacher: teacher,
+    give: Callable[[DistillCallback], Mapping[str, Any]] = lambda _: {},
     **settings: Any,
 ) -> tuple[Trainer, PreTrainedModel]:
-    """A Trainer with the method attached, and its teacher."""
-    student, teacher = _pair(case, dtype)
+    """A Trainer with the method attached, and its teacher.
+
+    Args:
+        case: the method and its task.
+        folder: where the Trainer writes.
+        objective: instead of the case's.
+        config: instead of one with the further models that the method asks for.
+        dtype: of the models.
+        data: rows instead of the suite's.
+        callbacks: beside ours.
+        kind: class of the Trainer.
+        wrap: from the teacher's model to what the callback is given.
+        give: from the callback to more arguments of the Trainer.
+        **settings: training arguments.
+    """
+    student, teacher = pair(case, dtype)
     dataset = Dataset.from_list(rows(case.task) if data is None else data)
     defaults: dict[str, Any] = {
         "max_steps": 1,
@@ -268,22 +286,24 @@ def trainer(
         "train_sampling_strategy": "sequential",
     }
     method = case.objective() if objective is None else objective
-    callback = DistillCallback(teacher, method, config=config or DistillConfig(frozen=frozen(case, method, dtype)))
+    callback = DistillCallback(
+        wrap(teacher), method, config=config or DistillConfig(frozen=frozen(case, method, dtype))
+    )
     args = TrainingArguments(str(folder), **(defaults | settings))
     given: dict[str, Any] = {"train_dataset": dataset, "data_collator": _Collator(dtype)}
     if case.prepare is not None:
         given |= case.prepare(dataset, args)
     if isinstance(given["train_dataset"], Mixture):
         args.train_sampling_strategy = "sequential"
-    made = Trainer(model=student, args=args, callbacks=[callback, *callbacks], **given)
-    return made, teacher
+    given |= {"model": student, **give(callback)}
+    return kind(args=args, callbacks=[callback, *callbacks], **given), teacher
 
 
 def frozen(case: Case, method: Any, dtype: torch.dtype = torch.float32) -> dict[str, PreTrainedModel]:
     """A model of the student's size for each role that the method asks for."""
     if not isinstance(method, Objective):
         return {}
-    roles = method.needs(*(o.sizes(model) for model in _pair(case))).frozen
+    roles = method.needs(*(o.sizes(model) for model in pair(case))).frozen
     return {role: _model(case.task, width=48, layers=2, seed=2 + place).to(dtype) for place, role in enumerate(roles)}
 
 
@@ -297,7 +317,7 @@ def weights_hash(model: nn.Module) -> str:
 
 def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None = None) -> Signals:
     """What both models give for the four rows, the student's taps as leaves with gradient."""
-    student, teacher = _pair(case, dtype)
+    student, teacher = pair(case, dtype)
     kind = o.kind_of(student)
     needs = case.objective().needs(o.sizes(student), o.sizes(teacher))
     step = _step(case, student, teacher)
@@ -340,7 +360,7 @@ def _inputs(case: Case, length: int | None) -> Inputs:
 
 def value(case: Case, given: Signals) -> tuple[Tensor, dict[str, Tensor]]:
     """The method's weighed terms on given signals, and their gradients by tap of the student."""
-    student, teacher = _pair(case)
+    student, teacher = pair(case)
     objective = case.objective()
     needs = objective.needs(o.sizes(student), o.sizes(teacher))
     with torch.random.fork_rng():
@@ -389,8 +409,8 @@ def check_a_step_changes_the_student_alone(case: Case, folder: Path) -> None:
     keeper = _Keeper()
     made, teacher = trainer(case, folder, callbacks=(keeper,), max_steps=3)
     student, before = made.model, weights_hash(teacher)
-    trained = [parameter.requires_grad for parameter in _pair(case)[1].parameters()]
-    keys, start = set(_pair(case)[0].state_dict()), weights_hash(_pair(case)[0])
+    trained = [parameter.requires_grad for parameter in pair(case)[1].parameters()]
+    keys, start = set(pair(case)[0].state_dict()), weights_hash(pair(case)[0])
     made.train()
     assert weights_hash(teacher) == before, "the teacher's weights changed"
     assert all(module.training for module in teacher.modules()), "the teacher's mode was not restored"
@@ -418,18 +438,22 @@ class _OneGenerator:
         return dataclasses.replace(step, generator=self.generator)
 
 
+def one_generator() -> AbstractContextManager[Any]:
+    """While it is open a method's draws are the same by whichever micro-batches."""
+    return mock.patch("hf_compress.run.make_step", _OneGenerator())
+
+
 def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None:
     """Rows of 3, 12, 5 and 9 tokens: one batch of four, four of one, and three and one give one gradient (float64)."""
     found = []
-    one_generator = mock.patch("hf_compress.run.make_step", _OneGenerator())
     for size, steps in ((4, 1), (1, 4), (3, 2)):
         keeper = _Keeper()
         settings: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         made, _ = trainer(case, folder, dtype=torch.float64, callbacks=(keeper,), **settings)
-        needs = case.objective().needs(*(o.sizes(model) for model in _pair(case)))
+        needs = case.objective().needs(*(o.sizes(model) for model in pair(case)))
         if needs.mean_over == "batch" or needs.relates_positions:
             return  # relates what is in a batch: accumulation changes its meaning, as its page says
-        with one_generator:
+        with one_generator():
             made.train()
         found.append(keeper.gradients[0])
     for other in found[1:]:
@@ -443,7 +467,7 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
 def check_logits_in_chunks_give_the_same_gradient(case: Case, folder: Path) -> None:
     """Logits three positions at a time: gradients and logs are those of whole logits (float64, two micro-batches)."""
     method = case.objective()
-    needs = method.needs(*(o.sizes(model) for model in _pair(case)))
+    needs = method.needs(*(o.sizes(model) for model in pair(case)))
     whole = method.overrides("forward") and "logits" in needs.student
     if case.task not in ("fill-mask", "text-generation") or whole or not method.overrides("per_position"):
         return
@@ -469,7 +493,7 @@ def check_nan_outside_what_is_scored_changes_nothing(case: Case, folder: Path) -
     """NaN in logits that are not scored and in states of padding: same value, same gradients, none of them NaN."""
     clean = signals(case)
     total, gradients = value(case, clean)
-    own_ids = not case.objective().needs(*(o.sizes(model) for model in _pair(case))).same_tokens
+    own_ids = not case.objective().needs(*(o.sizes(model) for model in pair(case))).same_tokens
     spoilt = dataclasses.replace(
         clean,
         student={name: _spoil(clean, name, tensor, own_ids).requires_grad_() for name, tensor in clean.student.items()},
@@ -574,7 +598,7 @@ def check_config_survives_json(case: Case, folder: Path) -> None:
 
 def check_a_nan_stops_the_run(case: Case, folder: Path) -> None:
     """NaN in the teacher's weights: an error with step and method before any weight of the student changes."""
-    if case.objective().needs(*(o.sizes(model) for model in _pair(case))).teacher is None:
+    if case.objective().needs(*(o.sizes(model) for model in pair(case))).teacher is None:
         return
     made, teacher = trainer(case, folder)
     for parameter in teacher.parameters():

@@ -12,7 +12,9 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import cases
 import families
+import features
 from hf_compress_evaluation import bench, claims
 from hf_compress_evaluation.demo.summary import markdown
 
@@ -27,8 +29,17 @@ def pages(root: Path) -> dict[Path, str]:
         root / "plugins" / "README.md": gallery(),
         root / "README.md": between(root / "README.md", "demo", demo(root)),
         root / "evaluation" / "README.md": results(root),
-        root / "tests" / "README.md": between(root / "tests" / "README.md", "families", families.markdown()),
+        root / "tests" / "README.md": tried(root),
     }
+
+
+def tried(root: Path) -> str:
+    """The page of the tests: families, features, reported faults."""
+    page, text = root / "tests" / "README.md", None
+    for mark, made in (("families", families.markdown()), ("features", features.markdown()), ("cases", cases.render())):
+        text = between(page, mark, made, text)
+    assert text is not None  # there are marks
+    return text
 
 
 def results(root: Path) -> str:

@@ -203,6 +203,11 @@ class CacheTeacher:
 
     # ------------------------------------------------------------------ the teacher's side
 
+    @property
+    def reads(self) -> tuple[str, ...] | None:
+        """Columns that its model reads."""
+        return self._live.reads if self._live is not None else self._known.reads
+
     def prepare(self, taps: frozenset[str], device: torch.device, until: str | None = None) -> None:
         stored = taps if self._header is None else frozenset(self._header.taps)
         if missing := sorted(taps - stored):
@@ -342,7 +347,7 @@ class CacheTeacher:
             if column not in inputs:
                 raise MismatchError(f"{self.folder}: the batch has no column {column!r}; it has {sorted(inputs)}.")
             return [str(int(value)) for value in inputs[column]]
-        reads = self._live.reads if self._live is not None else self._known.reads
+        reads = self.reads
         named = sorted({*(READ if reads is None else reads)} - UNREAD | ({"labels"} if self._is_seq2seq() else set()))
         if not (there := [name for name in named if name in inputs]):
             raise MismatchError(

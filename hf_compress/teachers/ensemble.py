@@ -80,6 +80,11 @@ class EnsembleTeacher:
             if own != theirs:
                 raise MismatchError(f"EnsembleTeacher: the models' heads differ, {own} and {theirs}.")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns that one of them reads."""
+        return tuple(sorted({name for teacher in self.teachers for name in teacher.reads or ()}))
+
     def prepare(self, taps: frozenset[str], device: torch.device, until: str | None = None) -> None:
         if other := sorted(taps - {"logits"}):
             raise ConfigurationError(

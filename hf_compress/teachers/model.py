@@ -19,7 +19,7 @@ from hf_compress import facts
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.heads import Dense, Head, Lazy, Logits, UnprovenError, prove
 from hf_compress.objective import Inputs, Kind, sizes
-from hf_compress.outputs import decoder_inputs
+from hf_compress.outputs import decoder_inputs, tensors
 from hf_compress.taps import Reached, Taps, unwrap, watching
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,9 @@ class ModelTeacher:
         if self.model.training:  # switched back by the user, or by another run that has ended
             self.model.eval()
         with torch.set_grad_enabled(grad):
-            return self.model(**given)
+            output = self.model(**given)
+        device = next((value.device for value in given.values() if isinstance(value, Tensor)), None)
+        return tensors(output, device)
 
     def prepared(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs that the teacher's forward names, and no others."""

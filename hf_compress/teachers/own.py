@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_compress import facts
 from hf_compress.errors import ConfigurationError
 from hf_compress.objective import Inputs, Sizes, sizes
-from hf_compress.taps import Taps, evaluating, unwrap, watching
+from hf_compress.taps import Reached, Taps, evaluating, unwrap, watching
 from hf_compress.teachers.model import ModelTeacher
 
 
@@ -59,7 +59,8 @@ class SelfTeacher:
         given: dict[str, Any] = dict(inputs) | {"return_dict": True}
         if self._taps.hidden_states:
             given["output_hidden_states"] = True
-        with self._off(), watching(self._taps):
+        output = None
+        with self._off(), watching(self._taps), suppress(Reached):
             output = self._student.forward(**self._inputs.prepared(given))  # not __call__: that is the student's step
         return {name: tensor.detach() for name, tensor in self._taps.read(output).items()}
 

@@ -143,8 +143,8 @@ def align(
 
     Returns:
         (teacher start, end, student start, end) of each chunk, ends excluded. Tokens of one role on both sides are a
-        chunk; a special token whose role only one side has joins the next chunk. What is left open at the end is no
-        chunk.
+        chunk; a special token whose role only one side has, or writes, joins the next chunk. What is left open at the
+        end is no chunk.
     """
     own, other = dict(teacher_roles or {}), dict(student_roles or {})
     left, right = _equal_spaces(list(teacher), list(student), own, other)
@@ -159,10 +159,10 @@ def align(
                 found.append((start_i, i, start_j, j))
                 start_i, start_j = i, j
                 continue
-            if passed := _passed(ours, other, own):
+            if passed := _passed(ours, other, own, left[i:]):
                 j += passed
                 continue
-            if passed := _passed(theirs, own, other):
+            if passed := _passed(theirs, own, other, right[j:]):
                 i += passed
                 continue
         ahead_i, ahead_j = long_i + len(left[i]), long_j + len(right[j])
@@ -181,9 +181,15 @@ def _standing(tokens: Sequence[str], place: int, roles: Roles) -> list[str]:
     return [role for role, wanted in roles.items() if list(tokens[place : place + len(wanted)]) == list(wanted)]
 
 
-def _passed(standing: Sequence[str], roles: Roles, others: Roles) -> int:
-    """Tokens of a role that the other side lacks; 0 for none. Names and newlines are text that it can spell."""
-    alone = (roles[role] for role in standing if role not in others)
+def _passed(standing: Sequence[str], roles: Roles, others: Roles, ahead: Sequence[str]) -> int:
+    """Tokens of a role that the other side lacks, or has and does not write ahead; 0 for none. Names and newlines are
+    text that it can spell, and so is a special token's name that stands in the text."""
+
+    def lacking(role: str) -> bool:
+        written = any(role in _standing(ahead, place, others) for place in range(len(ahead)))
+        return role not in others or not (written or "".join(ahead).startswith("".join(roles[role])))
+
+    alone = (roles[role] for role in standing if lacking(role))
     return next((len(wanted) for wanted in alone if not wanted[0].isalpha()), 0)
 
 

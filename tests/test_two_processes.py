@@ -1,0 +1,55 @@
+"""Every method on two processes against one. Run as a script it is one of the two."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import features
+import torch
+from stub import GradientKeeper
+
+from hf_compress import testing
+
+DRAWS = {"acm", "dmae", "dparallel"}
+"""Methods whose draws are each process's own."""
+
+
+def gradients(case: testing.Case, folder: Path, rows: int) -> dict[str, torch.Tensor]:
+    keeper = GradientKeeper()
+    made, _ = testing.trainer(
+        case, folder, dtype=torch.float64, callbacks=(keeper,), per_device_train_batch_size=rows, learning_rate=1e-3
+    )
+    made.train()
+    return keeper.gradients[0]
+
+
+def main(target: Path) -> None:
+    found = {str(case): gradients(case, target.parent / "two", 2) for case in features.CASES}
+    if int(os.environ["RANK"]) == 0:
+        torch.save(found, target)
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+    target = tmp_path / "found.pt"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(target)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    found = torch.load(target, weights_only=True)
+
+    assert found.keys() == {str(case) for case in features.CASES}
+    for case in features.CASES:
+        two = found[str(case)]
+        assert all(gradient.isfinite().all() for gradient in two.values()), case
+        if case.method in DRAWS or features.related(case):
+            continue
+        for name, gradient in gradients(case, tmp_path, 4).items():
+            torch.testing.assert_close(two[name], gradient, rtol=1e-6, atol=1e-9, msg=f"{case}: {name}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
