@@ -1,4 +1,4 @@
-"""Counts the faults that the tests inject: `python -m pytest tests/faults -p counting`, by `ci/faults`."""
+"""Counts the faults that the tests inject, by promise: what `ci/faults` writes into the table of `faults/README.md`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fault(record_property: Callable[[str, object], None]) -> Callable[..., None]
 
 
 def tally(reports: list[Any]) -> dict[str, dict[str, int]]:
-    """Tried, survived and lost by promise, from the reports of a session: what a failed test had tried counts as lost."""
+    """Tried, survived and lost by promise, from a session's reports: what a failed test had tried counts as lost."""
     found: dict[str, Counter[str]] = {}
     for report in reports:
         if report.when != "call":
