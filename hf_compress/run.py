@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -73,6 +74,9 @@ class DistillConfig:
     """Positions of a chunk."""
     data: str | None = None
     """Name of the training data for the record, e.g. its hub id."""
+    teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """How a teacher named by hub id or folder is loaded, as `from_pretrained` takes it: {"dtype": torch.bfloat16,
+    "revision": "v1", "device_map": "auto", "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}."""
     frozen: Mapping[str, nn.Module | str | Path | Teacher] = field(default_factory=dict)
     """Further frozen models that a method asks for by role, e.g. {"reference": model}; given as the teacher is."""
 
@@ -127,7 +131,7 @@ class Run:
             objective.weight *= factor
         for model in models_of(source):
             check_apart(student, model)
-        self.teacher = None if source is None else self._source(source)
+        self.teacher = None if source is None else self._source(source, config.teacher_kwargs)
         theirs = None if self.teacher is None else self.teacher.sizes
         self.needs = agreed([objective.needs(self.sizes, theirs) for objective in objectives])
         self._check_rescored(objectives)
@@ -191,10 +195,12 @@ class Run:
                 )
         return {role: self._source(source) for role, source in given.items()}
 
-    def _source(self, source: nn.Module | str | Path | Teacher) -> Teacher:
+    def _source(
+        self, source: nn.Module | str | Path | Teacher, settings: Mapping[str, Any] = MappingProxyType({})
+    ) -> Teacher:
         """A teacher; one that is no transformers model is taken to have the student's kind of output."""
         unknown = isinstance(source, nn.Module) and getattr(unwrap(source), "config", None) is None
-        return teacher_for(source, self.student, self.config.kind or (self.kind if unknown else None))
+        return teacher_for(source, self.student, self.config.kind or (self.kind if unknown else None), settings)
 
     def _read_by_teachers(self, *, removed: bool) -> set[str]:
         """Columns that a frozen model reads and the student does not: the Trainer would take them out of the data, or

@@ -34,6 +34,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    BitsAndBytesConfig,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     PreTrainedModel,
@@ -1306,6 +1307,33 @@ def test_a_folder_is_a_teacher(as_type: Any, tmp_path: Path) -> None:
     assert run.logged("distill_loss") == build(tmp_path).train().logged("distill_loss")
     with pytest.raises(ConfigurationError, match="got int"):
         build(tmp_path, teacher=3)
+
+
+def test_a_teacher_is_loaded_as_it_is_told(tmp_path: Path) -> None:
+    models(CLASSIFY)[1].save_pretrained(tmp_path / "all" / "teacher")
+    settings = {"dtype": torch.bfloat16, "subfolder": "teacher", "device_map": "cpu"}
+    run = build(tmp_path, teacher=str(tmp_path / "all"), distill={"teacher_kwargs": settings}).train()
+    half = build(tmp_path, teacher=models(CLASSIFY)[1].bfloat16()).train()
+    assert run.logged("distill_loss") == half.logged("distill_loss")
+    assert run.logged("distill_loss") != build(tmp_path).train().logged("distill_loss")
+    with pytest.raises(ConfigurationError, match=r"\['trust_remote_code'\] cannot be set"):
+        build(tmp_path, teacher=str(tmp_path / "all"), distill={"teacher_kwargs": {"trust_remote_code": True}})
+    with pytest.raises(ConfigurationError, match=r"\['dtype'\] are for a hub id or a folder"):
+        build(tmp_path, distill={"teacher_kwargs": {"dtype": torch.bfloat16}})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_teacher_in_few_bits_teaches(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    models(GENERATE)[1].save_pretrained(tmp_path / "teacher")
+    quantized = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    settings = {"quantization_config": quantized, "device_map": {"": 0}}
+    distill = {"teacher_kwargs": settings}
+    run = build(tmp_path, GENERATE, teacher=str(tmp_path / "teacher"), distill=distill, use_cpu=False).train()
+    whole = build(tmp_path, GENERATE).train()
+    assert run.logged("distill_loss")[0] == pytest.approx(whole.logged("distill_loss")[0], rel=0.3)
 
 
 def test_a_masked_language_model_folder_teaches_a_classifier_by_hidden_states(tmp_path: Path) -> None:

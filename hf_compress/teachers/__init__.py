@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -71,26 +72,34 @@ def models_of(source: Any) -> list[nn.Module]:
     return [model for model in found if isinstance(model, nn.Module)]
 
 
-def teacher_for(source: nn.Module | str | Path | Teacher, student: nn.Module, kind: Kind | None = None) -> Teacher:
+def teacher_for(
+    source: nn.Module | str | Path | Teacher,
+    student: nn.Module,
+    kind: Kind | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Teacher:
     """A teacher from what the user gave: a model, a hub id or a folder, or a ready `Teacher`.
 
     Args:
         source: what the user gave.
         student: decides the head where the source's config names no architecture.
         kind: where its distributions stand; None: told by the class of the model.
+        settings: of `from_pretrained`, for a hub id or a folder.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: for anything else, and for settings beside a teacher that is loaded already.
     """
     from .model import ModelTeacher, load_teacher
     from .own import SelfTeacher
 
+    if isinstance(source, str | Path):
+        return ModelTeacher(load_teacher(str(source), student, settings), kind)
+    if settings:
+        raise ConfigurationError(f"teacher_kwargs {sorted(settings)} are for a hub id or a folder; this one is loaded.")
     if isinstance(source, nn.Module):
         return ModelTeacher(source, kind)
     if isinstance(source, SelfTeacher):
         return source.of(student)
-    if isinstance(source, str | Path):
-        return ModelTeacher(load_teacher(str(source), student), kind)
     if not hasattr(source, "sizes") or not callable(source):
         raise ConfigurationError(f"a teacher is a model, a hub id, a folder or a Teacher, got {type(source).__name__}.")
     return source

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 NEVER = frozenset({"labels", "num_items_in_batch", "start_positions", "end_positions", "fused_lm_head"})
 """Inputs that would make the teacher compute a loss of its own."""
+_REACHING = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies"})
+"""Settings of a teacher that say where it lies, which its config needs too."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -58,8 +61,8 @@ class ModelTeacher:
         self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.eval()
         self.model.requires_grad_(False)
-        if not getattr(self.model, "hf_device_map", None):
-            self.model.to(device)
+        if not getattr(self.model, "hf_device_map", None) and getattr(self.model, "hf_quantizer", None) is None:
+            self.model.to(device)  # what was placed by a map or is quantized stays where it was loaded
         self._taps = Taps(self.model, taps, self.sizes.layers, until)
 
     def __call__(self, inputs: Inputs) -> Mapping[str, Tensor]:
@@ -170,25 +173,37 @@ def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def load_teacher(source: str, student: nn.Module | None = None) -> nn.Module:
+def load_teacher(
+    source: str, student: nn.Module | None = None, settings: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
     """Loads a teacher with the architecture that its config names.
 
     Args:
         source: hub id or folder; safetensors weights, no code of the repository is run.
         student: decides the head where the config names no architecture; None: then it is an error.
+        settings: of `from_pretrained`: revision, dtype, device_map, quantization_config, token and so on.
 
     Raises:
+        ConfigurationError: for settings that would run foreign code or load pickles.
         ForeignFileError: if the folder has no config or no weights, or weights are missing for some parameters: they
             would be random, and the student would learn noise.
     """
+    if forbidden := sorted({"trust_remote_code", "use_safetensors", "output_loading_info"} & settings.keys()):
+        raise ConfigurationError(
+            f"teacher_kwargs: {forbidden} cannot be set; a teacher is loaded from safetensors and runs no code of its "
+            "own. For anything else load the model yourself and pass it."
+        )
     safe: dict[str, Any] = {"trust_remote_code": False}
+    reaching = {name: value for name, value in settings.items() if name in _REACHING}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **safe)
+        config = transformers.AutoConfig.from_pretrained(source, **safe, **reaching)
         named = (config.architectures or [type(unwrap(student)).__name__ if student is not None else "none"])[0]
         architecture = getattr(transformers, named, None)
         if architecture is None:
             raise ConfigurationError(f"the teacher's architecture {named!r} is not in transformers; pass the model.")
-        model, report = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **safe)
+        model, report = architecture.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **safe, **settings
+        )
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigurationError):
             raise
