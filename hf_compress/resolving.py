@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from . import registry
-from .errors import ConfigurationError
-from .objective import Inputs, Needs, Objective
+from .errors import ConfigurationError, MismatchError
+from .objective import Inputs, Needs, Objective, Sizes
 from .outputs import decoder_inputs
 from .taps import unwrap
+
+logger = logging.getLogger(__name__)
 
 
 def agreed(needs: list[Needs]) -> list[Needs]:
@@ -51,6 +54,25 @@ def resolve_methods(method: str | Objective | Sequence[str | Objective] | None, 
     if not chosen:
         raise ConfigurationError("method=[] names no method; leave it out for the default of the task.")
     return [copy.deepcopy(one) if isinstance(one, Objective) else registry.objective(one)() for one in chosen]
+
+
+def fitting(objectives: list[Objective], student: Sizes, teacher: Sizes | None) -> list[Objective]:
+    """Of a task's default the methods that these two models can serve, where there is one; the others are told.
+
+    Raises:
+        MismatchError: of the first, if there is none.
+    """
+    refused: dict[str, MismatchError] = {}
+    for objective in objectives:
+        try:
+            objective.needs(student, teacher)
+        except MismatchError as error:
+            refused[objective.name] = error
+    if len(refused) == len(objectives):
+        raise next(iter(refused.values()))
+    for name, said in refused.items():
+        logger.warning("hf_compress: %s is left out of the default methods: %s", name, said)
+    return [objective for objective in objectives if objective.name not in refused]
 
 
 def dry_inputs(student: nn.Module, trainer: Trainer, device: torch.device) -> Inputs:

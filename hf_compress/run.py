@@ -45,7 +45,7 @@ from .objective import Inputs, Kind, Objective, Signals, Step
 from .outputs import loss_of, with_loss, without_states
 from .provenance import describe_training, task_of
 from .reports import Reports, Sums, over_ranks
-from .resolving import agreed, dry_inputs, resolve_methods, until
+from .resolving import agreed, dry_inputs, fitting, resolve_methods, until
 from .resume import SIDE_FILE, read_checkpoint, reload_renamed, resumed_folder
 from .stepping import make_step
 from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
@@ -125,14 +125,16 @@ class Run:
         self.kind = config.kind or o.kind_of(unwrap(student))
         self.sizes = o.sizes(unwrap(student), self.kind)
         self.task = task_of(unwrap(student), self.kind)
-        objectives = resolve_methods(method, self.task)
-        self.task_weight, factor = d.resolve_weights(objectives, config.alpha, config.task_weight)
-        for objective in objectives:
-            objective.weight *= factor
         for model in models_of(source):
             check_apart(student, model)
         self.teacher = None if source is None else self._source(source, config.teacher_kwargs)
         theirs = None if self.teacher is None else self.teacher.sizes
+        objectives = resolve_methods(method, self.task)
+        if method is None:
+            objectives = fitting(objectives, self.sizes, theirs)
+        self.task_weight, factor = d.resolve_weights(objectives, config.alpha, config.task_weight)
+        for objective in objectives:
+            objective.weight *= factor
         self.needs = agreed([objective.needs(self.sizes, theirs) for objective in objectives])
         self._check_rescored(objectives)
         self.frozen = self._frozen(config.frozen)

@@ -41,8 +41,8 @@ TASKS: Mapping[str, Mapping[str, str]] = {
 """The Auto class of each task, by what a family reads."""
 SAME = {("BART", "masked LM"): "encoder-decoder LM"}
 """Tasks for which a family has the class of another one."""
-METHODS = {("ResNet", "single-label"): "kd", ("ResNet", "multi-label"): "kd"}
-"""Where the task's default does not fit: the method to name."""
+LEFT_OUT = {("ResNet", task): "features" for task in ("single-label", "multi-label")}
+"""Of the task's default, what does not fit these models and is left out with a warning."""
 NO_STATES = "features: both models must have hidden states: num_hidden_layers in their configs."
 REFUSED = {("ResNet", task): NO_STATES for task in ("regression", "embeddings")}
 """What no method can serve, with the error's text."""
@@ -311,7 +311,7 @@ def _cell(family: str, task: str) -> str:
         return f"no, transformers' head raises: {BROKEN[case]}"
     if case in FAULTS:
         return f"in part: {FAULTS[case]}"
-    return f"yes, with `method={METHODS[case]!r}`; the default: {NO_STATES}" if case in METHODS else "yes"
+    return f"yes, {LEFT_OUT[case]} left out of the default: {NO_STATES}" if case in LEFT_OUT else "yes"
 
 
 def _notes() -> list[str]:

@@ -18,7 +18,7 @@ from families import (
     BROKEN,
     FAMILIES,
     FAULTS,
-    METHODS,
+    LEFT_OUT,
     NO_STATES,
     NOT_TAUGHT,
     REFUSED,
@@ -75,7 +75,7 @@ def train(
     student.config.return_dict = teacher.config.return_dict = return_dict
     kept = GradientKeeper()
     distill = {"task_weight": 1.0, **distill}  # gkd publishes 0, which would hide the task's own loss
-    callback = DistillCallback(teacher, method or METHODS.get((family, task)), **distill)
+    callback = DistillCallback(teacher, method, **distill)
     data = families.rows(family, task) if data is None else data
     trainer = Trainer(
         model=student,
@@ -294,7 +294,20 @@ def test_padded_waveforms_with_a_mask_over_samples(method: str | None, tmp_path:
     assert_same(four.gradients[0], one.gradients[0])
 
 
-@pytest.mark.parametrize(("family", "task"), [*REFUSED, *METHODS])
+@pytest.mark.parametrize(("family", "task"), LEFT_OUT)
+def test_what_does_not_fit_is_left_out_of_a_default_with_a_warning(
+    family: str, task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = families.models(family, task)
+    callback = DistillCallback(teacher)
+    Trainer(model=student, args=arguments(tmp_path), callbacks=[callback])
+    assert f"{LEFT_OUT[family, task]} is left out of the default methods: {NO_STATES}" in caplog.text
+    assert [objective.name for objective in callback.run.distiller.objectives] == ["kd"]
+    with pytest.raises(MismatchError, match=re.escape(NO_STATES)):
+        Trainer(model=student, args=arguments(tmp_path), callbacks=[DistillCallback(teacher, ["kd", "features"])])
+
+
+@pytest.mark.parametrize(("family", "task"), REFUSED)
 def test_a_default_that_does_not_fit_is_refused(family: str, task: str, tmp_path: Path) -> None:
     student, teacher = families.models(family, task)
     with pytest.raises(MismatchError, match=re.escape(NO_STATES)):
