@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from . import checkpoints
 from . import distiller as d
 from . import objective as o
 from .checks import (
@@ -307,6 +308,7 @@ class Run:
 
     def _wrap(self, trainer: Trainer) -> None:
         """Wraps what the Trainer calls; each wrapper is an attribute of the instance and is undone by `detach`."""
+        self._replace(trainer, "train", self._train(trainer.train))
         self._replace(trainer, "get_batch_samples", self._get_batch_samples(trainer.get_batch_samples))
         self._replace(trainer, "log", self.reports.log(trainer.log))
         self._replace(trainer, "evaluate", self.reports.evaluate(trainer.evaluate))
@@ -318,6 +320,18 @@ class Run:
                 )
             trainer._set_signature_columns_if_needed()
             self._replace(trainer, "_signature_columns", [*trainer._signature_columns, *sorted(self.columns)])
+
+    def _train(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`Trainer.train` that resumes from a checkpoint that is whole, or says what is wrong with it."""
+
+        def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            trainer = self.trainer
+            others = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+            processes = None if others else trainer.args.world_size
+            resume = checkpoints.chosen(Path(trainer.args.output_dir), resume_from_checkpoint, processes)
+            return original(resume, *args, **kwargs)
+
+        return train
 
     def _replace(self, trainer: Trainer, name: str, value: Any) -> None:
         own = name in vars(trainer)
@@ -430,7 +444,7 @@ class Run:
         )
 
     def save_beside(self, folder: Path) -> None:
-        """Writes what a checkpoint does not hold: networks, and our state beside adapters alone."""
+        """Writes what a checkpoint does not hold: networks, our state beside adapters alone, and last its manifest."""
         if self.networks and folder.is_dir():
             self.networks.save(folder)
         state = self.distiller.state_dict()
@@ -438,6 +452,8 @@ class Run:
             part = folder / f"{SIDE_FILE}.part"
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
             part.replace(folder / SIDE_FILE)
+        if folder.is_dir():
+            checkpoints.seal(folder)
 
     def end(self) -> None:
         """End of `train()`: last words of the methods, the record, and a clean student."""

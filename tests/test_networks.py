@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from hf_compress import testing
+from hf_compress.checkpoints import MANIFEST
 from hf_compress.errors import ConfigurationError, NumericalError, ResumeError
 from hf_compress.networks import OPTIMIZERS, WEIGHTS, Networks
 from hf_compress.objective import Inputs, Rows, Step
@@ -96,7 +97,8 @@ def test_a_second_train_starts_anew(tmp_path: Path) -> None:
 def test_a_checkpoint_without_them_is_refused(tmp_path: Path, missing: str) -> None:
     trainer, _ = toys.run(tmp_path, WithCritic(), max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
-    (tmp_path / "checkpoint-1" / missing).unlink()
+    for name in (missing, MANIFEST):
+        (tmp_path / "checkpoint-1" / name).unlink()
     again, _ = toys.run(tmp_path, WithCritic(), max_steps=2)
     with pytest.raises(ResumeError, match="checkpoint-1 holds no"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
