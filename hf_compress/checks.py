@@ -42,6 +42,11 @@ def check_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
             "label_smoothing_factor makes the Trainer compute its own loss, so distillation would be lost. Set it to 0 "
             "(a teacher's targets are smooth already), or smooth in Trainer(compute_loss_func=callback.loss(my_loss))."
         )
+    if makes_log_probabilities(trainer) and trainer.args.loss_type != "nll":
+        raise ConfigurationError(
+            f"loss_type={trainer.args.loss_type!r} is a loss that SFTTrainer makes itself, and the callback needs the "
+            "model's. Set loss_type='nll'."
+        )
     if trainer.args.n_gpu > 1:
         raise ConfigurationError(
             "DataParallel (one process, several GPUs) splits the batch behind the callback. "
@@ -55,6 +60,12 @@ def check_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
     data = trainer.train_dataset
     if data is not None and hasattr(data, "__len__") and len(data) == 0:
         raise ConfigurationError("the training data set is empty. Check its filters and splits.")
+
+
+def makes_log_probabilities(trainer: Trainer) -> bool:
+    """Whether it is TRL's SFTTrainer with its own loss, which it makes of log-probabilities instead of logits."""
+    own = trainer.compute_loss_func is None
+    return own and type(trainer).compute_loss.__module__ == "trl.trainer.sft_trainer"
 
 
 def check_apart(student: nn.Module, teacher: nn.Module) -> None:

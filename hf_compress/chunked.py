@@ -238,7 +238,7 @@ class Chunking:
                 return f"{objective.name} relates logits of different positions"
         if trainer.compute_loss_func is not None:
             return "compute_loss_func reads them"
-        if not type(trainer).compute_loss.__module__.startswith("transformers."):
+        if not trainer.compute_loss.__module__.startswith("transformers."):
             return f"{type(trainer).__name__}.compute_loss may read them"
         device = trainer.args.device
         inputs = dry_inputs(run.student, trainer, device)

@@ -277,6 +277,22 @@ def tokens(inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.ones(shape, dtype=torch.bool, device=next(iter(inputs.values())).device)
 
 
+def check_unpacked(method: str, inputs: Mapping[str, Tensor]) -> None:
+    """Refuses rows of several documents, told by positions that begin again, for a method that takes each for one.
+
+    Raises:
+        MismatchError: naming the method.
+    """
+    places = inputs.get("position_ids")
+    if places is None or places.dim() != 2 or "attention_mask" in inputs:
+        return
+    if bool((places[:, 1:] < places[:, :-1]).any()):
+        raise MismatchError(
+            f"{method} takes a row of the batch for one document, and here the positions begin again within one. Pad "
+            "the rows instead: packing=False and padding_free=False in TRL, no DataCollatorWithFlattening."
+        )
+
+
 def task_labels(kind: Kind, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """The labels that the task's own loss scores, causal ones shifted; None for data without labels.
 

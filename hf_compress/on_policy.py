@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import MismatchError
-from .objective import IGNORED, Inputs, Step
+from .objective import IGNORED, Inputs, Step, check_unpacked
 from .taps import unwrap
 
 
@@ -30,8 +30,10 @@ def prompts(inputs: Inputs, pad: int) -> tuple[Tensor, Tensor]:
         ids and mask, (batch, prompt time).
 
     Raises:
-        MismatchError: if the batch has no labels, or a row's labels begin with its first token: it has no prompt.
+        MismatchError: if the batch has no labels, a row's labels begin with its first token: it has no prompt, or a
+            row holds several documents.
     """
+    check_unpacked("on-policy training", inputs)
     ids, labels = inputs["input_ids"], inputs.get("labels")
     remedy = "Give labels that are -100 on the prompt and token ids on the answer."
     if labels is None:

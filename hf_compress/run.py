@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, get_args
 
 import torch
@@ -27,6 +27,7 @@ from .checks import (
     check_labels,
     check_pair,
     check_tokenizers,
+    makes_log_probabilities,
     warn_of_probabilities,
 )
 from .chunked import Apart, Chunking, rows_of
@@ -119,7 +120,8 @@ class Run:
         if isinstance(student, nn.Sequential):
             raise ConfigurationError(
                 "the student is an nn.Sequential (sentence-transformers?), where a distiller would become a stage of "
-                "the forward. Train its transformer: Trainer(model=student[0].auto_model)."
+                "the forward. Train its transformer on tokenized sentences: Trainer(model=student[0].auto_model, "
+                "callbacks=[DistillCallback(teacher[0].auto_model)])."
             )
         self._trainer = weakref.ref(trainer)
         self.student, self.config = student, config
@@ -313,6 +315,9 @@ class Run:
         self._replace(trainer, "log", self.reports.log(trainer.log))
         self._replace(trainer, "evaluate", self.reports.evaluate(trainer.evaluate))
         self._replace(trainer, "loss_is_scaled_for_ga", True)
+        if makes_log_probabilities(trainer):
+            self._replace(trainer, "compute_loss", MethodType(Trainer.compute_loss, trainer))
+            logger.info("hf_compress: while it trains, %s uses the model's own loss", type(trainer).__name__)
         if self.columns and trainer.args.remove_unused_columns:
             if not hasattr(trainer, "_set_signature_columns_if_needed"):
                 raise ConfigurationError(
@@ -526,7 +531,15 @@ class Run:
         inputs: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
         training = self.is_training()
         cached = any(inputs.get(name) is not None for name in ("cache", "past_key_values"))
-        measuring = self.reports.evaluating is not None and not training and not cached and self.teacher is not None
+        fused = bool(inputs.get("fused_lm_head"))
+        if training and fused:
+            raise UnusedLossError(
+                "this trainer asks the model for log-probabilities instead of logits, as TRL's do, and makes a loss of "
+                "its own of them, so distillation would be lost. SFTTrainer itself is served; a subclass that "
+                "overrides its compute_loss can take the model's loss: compute_loss = Trainer.compute_loss."
+            )
+        measuring = self.reports.evaluating is not None and not (training or cached or fused)
+        measuring = measuring and self.teacher is not None
         seen = {name: value for name, value in inputs.items() if name not in self.columns}
         self.reports.measure_pending()
         if measuring and self._recorded is not None:  # of other rows nothing is known

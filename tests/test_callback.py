@@ -930,7 +930,7 @@ TAID_FEATURES: Any = [TAID(adaptive=False), Features()]
 def _without(checkpoint: Path, part: str) -> None:
     """As another release would have written it."""
     file = checkpoint / "model.safetensors"
-    (checkpoint / MANIFEST).unlink()
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
     save_file({name: t for name, t in load_file(file).items() if part not in name}, file, metadata={"format": "pt"})
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_compress import DistillCallback, testing
 from hf_compress.errors import ConfigurationError, MismatchError
-from hf_compress.teachers.ensemble import EnsembleTeacher, mean_logits
-from hf_compress.teachers.own import SelfTeacher
+from hf_compress.teachers import EnsembleTeacher, SelfTeacher
+from hf_compress.teachers.ensemble import mean_logits
 
 LANGUAGE = "text-generation"
 

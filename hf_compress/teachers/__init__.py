@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,31 @@ from hf_compress.objective import Inputs, Kind, Sizes
 
 if TYPE_CHECKING:
     from hf_compress.heads import Logits
+
+    from .cache import CacheTeacher
+    from .ensemble import EnsembleTeacher
+    from .own import SelfTeacher
+    from .server import ServerTeacher
+
+_HOME = {"CacheTeacher": "cache", "EnsembleTeacher": "ensemble", "SelfTeacher": "own", "ServerTeacher": "server"}
+
+__all__ = [
+    "CacheTeacher",
+    "EnsembleTeacher",
+    "Recorded",
+    "SelfTeacher",
+    "ServerTeacher",
+    "Teacher",
+    "models_of",
+    "teacher_for",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The kinds of teachers, imported when they are first used: they build on this module."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
 class Teacher(Protocol):
@@ -96,6 +122,11 @@ def teacher_for(
         return ModelTeacher(load_teacher(str(source), student, settings), kind)
     if settings:
         raise ConfigurationError(f"teacher_kwargs {sorted(settings)} are for a hub id or a folder; this one is loaded.")
+    if isinstance(source, nn.Sequential) and hasattr(next(iter(source), None), "auto_model"):
+        raise ConfigurationError(
+            "the teacher is a model of sentence-transformers, whose forward does not take a transformer's inputs. Give "
+            "its transformer: DistillCallback(teacher[0].auto_model)."
+        )
     if isinstance(source, nn.Module):
         return ModelTeacher(source, kind)
     if isinstance(source, SelfTeacher):

@@ -1,7 +1,7 @@
 """The callback in TRL's SFTTrainer, against the same rows in a plain Trainer.
 
-SFTTrainer asks the model for log-probabilities and makes its own loss of them; `Distilled` takes the model's loss, as
-`Trainer` does. `ci/trainers` makes an environment with TRL and runs this.
+SFTTrainer asks the model for log-probabilities and makes its own loss of them; while the callback is attached it takes
+the model's loss, as `Trainer` does. `ci/trainers` makes an environment with TRL and runs this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_compress import DistillCallback
-from hf_compress.errors import MismatchError, UnusedLossError
+from hf_compress.errors import ConfigurationError, MismatchError, UnusedLossError
 from hf_compress.testing import collate, models, weights_hash
 
 trl = pytest.importorskip("trl")
@@ -42,12 +42,6 @@ TEMPLATE = (
     "{% generation %}{{ message['content'] }} <end> {% endgeneration %}"
     "{% else %}{{ message['content'] }} {% endif %}{% endfor %}"
 )
-
-
-class Distilled(trl.SFTTrainer):  # type: ignore[misc,name-defined]  # TRL may be missing
-    """What the README says to write."""
-
-    compute_loss = Trainer.compute_loss
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -161,7 +155,7 @@ def assert_one_run(found: Run, expected: Run) -> None:
         assert found.logged(name) == pytest.approx(expected.logged(name), rel=1e-5)
 
 
-# ---------------------------------------------------------------------- the set-up of the README
+# ---------------------------------------------------------------------- one line more
 
 
 @pytest.mark.parametrize(
@@ -181,31 +175,31 @@ def test_a_batch_in_any_layout_gives_a_plain_trainers_gradient(
     method: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     expected = plain(tmp_path, [("", text) for text in TEXTS], method)
-    assert_one_run(Run(Distilled, tmp_path, texts(), method, **settings).train(), expected)
+    assert_one_run(Run(trl.SFTTrainer, tmp_path, texts(), method, **settings).train(), expected)
 
 
 def test_logits_in_chunks_give_the_same_gradient(tmp_path: Path) -> None:
     expected = plain(tmp_path, [("", text) for text in TEXTS])
     for settings in ({}, {"packing": True, "max_length": 40}):
-        run = Run(Distilled, tmp_path, texts(), distill={"memory": "chunked", "chunk": 8}, **settings)
+        run = Run(trl.SFTTrainer, tmp_path, texts(), distill={"memory": "chunked", "chunk": 8}, **settings)
         assert_one_run(run.train(), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_completions_alone_are_scored(steps: int, tmp_path: Path) -> None:
     settings = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps}
-    assert_one_run(Run(Distilled, tmp_path, completions(), **settings).train(), plain(tmp_path, SPLIT))
+    assert_one_run(Run(trl.SFTTrainer, tmp_path, completions(), **settings).train(), plain(tmp_path, SPLIT))
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": True, "max_length": 40}], ids=["padded", "packed"])
 def test_the_assistants_words_alone_are_scored(settings: dict[str, Any], tmp_path: Path) -> None:
     expected = plain(tmp_path, [(f"user: {a} assistant:", b) for a, b in SPLIT])
-    assert_one_run(Run(Distilled, tmp_path, chats(), assistant_only_loss=True, **settings).train(), expected)
+    assert_one_run(Run(trl.SFTTrainer, tmp_path, chats(), assistant_only_loss=True, **settings).train(), expected)
 
 
 def test_the_tasks_loss_is_the_sft_trainers_own(tmp_path: Path) -> None:
     own = Run(trl.SFTTrainer, tmp_path, completions(), False).train()
-    found = Run(Distilled, tmp_path, completions(), KD(weight=0)).train()
+    found = Run(trl.SFTTrainer, tmp_path, completions(), KD(weight=0)).train()
     assert found.logged("task_loss") == pytest.approx(own.logged("loss"), rel=1e-6)
     for name, gradient in own.gradients.items():
         torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-5, atol=1e-6)
@@ -213,7 +207,7 @@ def test_the_tasks_loss_is_the_sft_trainers_own(tmp_path: Path) -> None:
 
 def test_evaluation_has_the_sft_trainers_loss_and_the_terms_of_training(tmp_path: Path) -> None:
     own = Run(trl.SFTTrainer, tmp_path, completions(), False).trainer.evaluate(completions())
-    run = Run(Distilled, tmp_path, completions(), given={"eval_dataset": completions()}, eval_strategy="steps")
+    run = Run(trl.SFTTrainer, tmp_path, completions(), given={"eval_dataset": completions()}, eval_strategy="steps")
     before = run.trainer.evaluate()
     run.train()
     assert before["eval_loss"] == pytest.approx(own["eval_loss"], rel=1e-6)
@@ -223,7 +217,9 @@ def test_evaluation_has_the_sft_trainers_loss_and_the_terms_of_training(tmp_path
 
 
 def test_the_saved_student_is_a_plain_model(tmp_path: Path) -> None:
-    run = Run(Distilled, tmp_path, texts(), "features", dtype=torch.float32, bf16=True, gradient_checkpointing=True)
+    run = Run(
+        trl.SFTTrainer, tmp_path, texts(), "features", dtype=torch.float32, bf16=True, gradient_checkpointing=True
+    )
     teacher = weights_hash(run.teacher)
     run.train().trainer.save_model(str(tmp_path / "student"))
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
@@ -236,8 +232,8 @@ def test_the_saved_student_is_a_plain_model(tmp_path: Path) -> None:
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "dtype": torch.float32}
-    whole = Run(Distilled, tmp_path / "whole", texts(), "taid", **settings).train()
-    rest = Run(Distilled, tmp_path / "rest", texts(), "taid", **settings)
+    whole = Run(trl.SFTTrainer, tmp_path / "whole", texts(), "taid", **settings).train()
+    rest = Run(trl.SFTTrainer, tmp_path / "rest", texts(), "taid", **settings)
     rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert len(rest.kept.gradients) == 2
     assert weights_hash(rest.student) == weights_hash(whole.student)
@@ -246,7 +242,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 def test_adapters_alone_are_distilled(tmp_path: Path) -> None:
     """SFTTrainer makes the PEFT model itself, before the callback sees it."""
     adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    run = Run(Distilled, tmp_path, texts(), "features", given={"peft_config": adapters}, dtype=torch.float32).train()
+    run = Run(
+        trl.SFTTrainer, tmp_path, texts(), "features", given={"peft_config": adapters}, dtype=torch.float32
+    ).train()
     assert run.logged("distill_loss")[0] > 0
     assert run.gradients
     assert all("lora_" in name and gradient.any() for name, gradient in run.gradients.items())
@@ -254,14 +252,21 @@ def test_adapters_alone_are_distilled(tmp_path: Path) -> None:
     assert all("lora_" in name for name in load_file(tmp_path / "adapters" / "adapter_model.safetensors"))
 
 
-# ---------------------------------------------------------------------- SFTTrainer as it is
+# ---------------------------------------------------------------------- its own loss
+
+
+class Overrides(trl.SFTTrainer):  # type: ignore[misc,name-defined]  # TRL may be missing
+    """Builds on SFTTrainer's loss."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("method", ["kd", "features"])
-def test_the_sft_trainers_own_loss_is_refused_with_the_way_out(method: str, steps: int, tmp_path: Path) -> None:
+def test_a_subclass_with_its_loss_is_refused_with_the_way_out(method: str, steps: int, tmp_path: Path) -> None:
     settings = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps}
-    run = Run(trl.SFTTrainer, tmp_path, texts(), method, **settings)
+    run = Run(Overrides, tmp_path, texts(), method, **settings)
     before = weights_hash(models(TASK, torch.float64)[0])
     with pytest.raises(UnusedLossError, match=r"compute_loss = Trainer\.compute_loss"):
         run.train()
@@ -271,9 +276,19 @@ def test_the_sft_trainers_own_loss_is_refused_with_the_way_out(method: str, step
 
 def test_its_evaluation_goes_on_without_the_terms(tmp_path: Path) -> None:
     own = Run(trl.SFTTrainer, tmp_path, texts(), False).trainer.evaluate(completions())
-    found = Run(trl.SFTTrainer, tmp_path, texts()).trainer.evaluate(completions())
+    found = Run(Overrides, tmp_path, texts()).trainer.evaluate(completions())
     assert found["eval_loss"] == own["eval_loss"]
     assert "eval_distill_loss" not in found
+
+
+def test_after_training_it_has_its_own_loss_and_metrics_again(tmp_path: Path) -> None:
+    run = Run(trl.SFTTrainer, tmp_path, texts()).train()
+    assert "eval_mean_token_accuracy" in run.trainer.evaluate(texts())
+
+
+def test_a_loss_that_is_no_likelihood_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="loss_type='nll'"):
+        Run(trl.SFTTrainer, tmp_path, texts(), loss_type="dft")
 
 
 @pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
@@ -290,7 +305,7 @@ def test_a_loss_function_keeps_its_metrics(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
 def test_evaluation_with_a_loss_function_measures_each_batch_once(tmp_path: Path) -> None:
     """SFTTrainer runs the model again for its metrics, with labels and without logits."""
-    expected = Run(Distilled, tmp_path, texts()).trainer.evaluate(completions())
+    expected = Run(trl.SFTTrainer, tmp_path, texts()).trainer.evaluate(completions())
     found = Run(trl.SFTTrainer, tmp_path, texts(), standard=True).trainer.evaluate(completions())
     for name in ("eval_loss", "eval_distill_loss"):
         assert found[name] == pytest.approx(expected[name], rel=1e-6)
@@ -306,5 +321,5 @@ def test_methods_that_take_a_row_for_one_document_refuse_packed_ones(
     settings: dict[str, Any], method: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(MismatchError, match=r"packing=False"):
-        Run(Distilled, tmp_path, completions(), method, **settings).train()
-    Run(Distilled, tmp_path, completions(), method).train()
+        Run(trl.SFTTrainer, tmp_path, completions(), method, **settings).train()
+    Run(trl.SFTTrainer, tmp_path, completions(), method).train()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hf_compress.divergences import kl
 from hf_compress.errors import ConfigurationError, MismatchError
-from hf_compress.objective import Needs, Objective, Signals, Sizes, Step
+from hf_compress.objective import Needs, Objective, Signals, Sizes, Step, check_unpacked
 from hf_compress.registry import Method
 
 LETTERS = "qkv"
@@ -160,6 +160,7 @@ class MiniLM(Objective):
         )
 
     def forward(self, signals: Signals, step: Step) -> dict[str, Tensor]:
+        check_unpacked(self.name, signals.inputs)
         letters, layer = set("".join(self.config.relations)), self.config.teacher_layer
         student = {letter: concatenate_heads(signals.student[f"{letter}:-1"]) for letter in letters}
         teacher = {letter: concatenate_heads(signals.teacher[f"{letter}:{layer}"]) for letter in letters}
