@@ -12,58 +12,27 @@ import torch
 import toys
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD
 
 from hf_compress import testing
 from hf_compress.checkpoints import MANIFEST
 from hf_compress.errors import ConfigurationError, NumericalError, ResumeError
 from hf_compress.networks import OPTIMIZERS, WEIGHTS, Networks
-from hf_compress.objective import Inputs, Rows, Step
-
-LR = 0.1
-
-
-class WithCritic(toys.Toy):
-    """A network of one weight w with loss (w - rows of the batch)², that scales the term."""
-
-    made = 0
-    seen: list[float]
-    optimizer: type[Optimizer] = SGD
-
-    def networks(self, teacher: nn.Module | None) -> Mapping[str, tuple[nn.Module, Optimizer]]:
-        assert teacher is not None
-        type(self).made += 1
-        type(self).seen = []
-        critic = nn.Linear(1, 1, bias=False)
-        nn.init.zeros_(critic.weight)
-        return {"critic": (critic, self.optimizer(critic.parameters(), lr=LR))}  # type: ignore[call-arg]
-
-    def network_losses(self, inputs: Inputs, step: Step) -> Mapping[str, Tensor]:
-        weight = step.networks["critic"].weight
-        return {"critic": (weight.sum() - len(inputs["input_ids"])).square()}
-
-    def per_position(self, rows: Rows, step: Step) -> Tensor:
-        weight = step.networks["critic"].weight.detach().sum()
-        self.seen.append(weight.item())
-        return super().per_position(rows, step) * weight
-
-
-class WithAdam(WithCritic):
-    optimizer = Adam
+from hf_compress.objective import Inputs, Step
 
 
 def test_it_steps_once_a_window_before_the_student_sees_it(tmp_path: Path) -> None:
     """(w - n)² from w = 0 with rate 0.1: w₁ = 0.2 n, whether the window is one batch or two."""
-    toys.run(tmp_path, WithCritic(), max_steps=2)[0].train()
-    assert WithCritic.seen == pytest.approx([0.8, 0.8 + 0.2 * (4 - 0.8)])
+    toys.run(tmp_path, toys.WithCritic(), max_steps=2)[0].train()
+    assert toys.WithCritic.seen == pytest.approx([0.8, 0.8 + 0.2 * (4 - 0.8)])
 
     settings: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    toys.run(tmp_path, WithCritic(), **settings)[0].train()
-    assert WithCritic.seen == pytest.approx([0.0, 0.4])
+    toys.run(tmp_path, toys.WithCritic(), **settings)[0].train()
+    assert toys.WithCritic.seen == pytest.approx([0.0, 0.4])
 
 
 def test_it_is_no_part_of_the_student(tmp_path: Path) -> None:
-    trainer, _ = toys.run(tmp_path, WithCritic(), save_strategy="steps", save_steps=1)
+    trainer, _ = toys.run(tmp_path, toys.WithCritic(), save_strategy="steps", save_steps=1)
     trainer.train()
     known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert not [
@@ -76,36 +45,36 @@ def test_it_is_no_part_of_the_student(tmp_path: Path) -> None:
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3}
-    whole, _ = toys.run(tmp_path / "whole", WithAdam(), max_steps=6, **settings)
+    whole, _ = toys.run(tmp_path / "whole", toys.WithAdam(), max_steps=6, **settings)
     whole.train()
-    seen = WithAdam.seen
-    second, _ = toys.run(tmp_path / "parts", WithAdam(), max_steps=6, **settings)
+    seen = toys.WithAdam.seen
+    second, _ = toys.run(tmp_path / "parts", toys.WithAdam(), max_steps=6, **settings)
     second.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
-    assert WithAdam.seen == seen[3:]
+    assert toys.WithAdam.seen == seen[3:]
     assert testing.weights_hash(second.model) == testing.weights_hash(whole.model)
 
 
 def test_a_second_train_starts_anew(tmp_path: Path) -> None:
-    trainer, _ = toys.run(tmp_path, WithCritic())
+    trainer, _ = toys.run(tmp_path, toys.WithCritic())
     trainer.train()
-    first = WithCritic.seen
+    first = toys.WithCritic.seen
     trainer.train()
-    assert WithCritic.seen == first
+    assert toys.WithCritic.seen == first
 
 
 @pytest.mark.parametrize("missing", [WEIGHTS, OPTIMIZERS])
 def test_a_checkpoint_without_them_is_refused(tmp_path: Path, missing: str) -> None:
-    trainer, _ = toys.run(tmp_path, WithCritic(), max_steps=2, save_strategy="steps", save_steps=1)
+    trainer, _ = toys.run(tmp_path, toys.WithCritic(), max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
     for name in (missing, MANIFEST):
         (tmp_path / "checkpoint-1" / name).unlink()
-    again, _ = toys.run(tmp_path, WithCritic(), max_steps=2)
+    again, _ = toys.run(tmp_path, toys.WithCritic(), max_steps=2)
     with pytest.raises(ResumeError, match="checkpoint-1 holds no"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
-    class Spoilt(WithCritic):
+    class Spoilt(toys.WithCritic):
         def network_losses(self, inputs: Inputs, step: Step) -> Mapping[str, Tensor]:
             return {"critic": step.networks["critic"].weight.sum() * math.nan}
 
@@ -117,19 +86,19 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 def test_gradients_reach_the_networks_alone(tmp_path: Path) -> None:
     """A loss that runs through the teacher's input and the student's weights leaves both without gradients."""
     teacher, network = nn.Linear(1, 1), nn.Linear(1, 1)
-    made = Networks({"n": (network, SGD(network.parameters(), lr=LR))})
+    made = Networks({"n": (network, SGD(network.parameters(), lr=toys.LR))})
     made.backward({"n": teacher(network(torch.ones(1, 1))).sum()}, micros=1, step=0)
     assert teacher.weight.grad is None
     before = network.weight.detach().clone()
     network.weight.grad = torch.full((1, 1), 1e9)  # of a student's loss that ran through it
     made.step(Accelerator(cpu=True))
-    torch.testing.assert_close(network.weight.detach(), before - LR * teacher.weight.detach())
+    torch.testing.assert_close(network.weight.detach(), before - toys.LR * teacher.weight.detach())
     assert network.weight.grad is None
 
 
 def test_an_optimizer_of_another_module_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="network 'n'"):
-        Networks({"n": (nn.Linear(1, 1), SGD(nn.Linear(1, 1).parameters(), lr=LR))})
+        Networks({"n": (nn.Linear(1, 1), SGD(nn.Linear(1, 1).parameters(), lr=toys.LR))})
 
 
 class Finishing(toys.Toy):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 from transformers import PreTrainedModel, Trainer
 
 from hf_compress import DistillConfig, testing
-from hf_compress.objective import Objective, Rows, Step
+from hf_compress.objective import Inputs, Objective, Rows, Step
+
+LR = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,35 @@ class Toy(Objective):
     def per_position(self, rows: Rows, step: Step) -> Tensor:
         assert rows.teacher_logits is not None
         return (rows.student_logits - rows.teacher_logits).square().mean(-1)
+
+
+class WithCritic(Toy):
+    """A network of one weight w with loss (w - rows of the batch)², that scales the term."""
+
+    made = 0
+    seen: list[float]
+    optimizer: type[Optimizer] = SGD
+
+    def networks(self, teacher: nn.Module | None) -> Mapping[str, tuple[nn.Module, Optimizer]]:
+        assert teacher is not None
+        type(self).made += 1
+        type(self).seen = []
+        critic = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(critic.weight)
+        return {"critic": (critic, self.optimizer(critic.parameters(), lr=LR))}  # type: ignore[call-arg]
+
+    def network_losses(self, inputs: Inputs, step: Step) -> Mapping[str, Tensor]:
+        weight = step.networks["critic"].weight
+        return {"critic": (weight.sum() - len(inputs["input_ids"])).square()}
+
+    def per_position(self, rows: Rows, step: Step) -> Tensor:
+        weight = step.networks["critic"].weight.detach().sum()
+        self.seen.append(weight.item())
+        return super().per_position(rows, step) * weight
+
+
+class WithAdam(WithCritic):
+    optimizer = Adam
 
 
 def run(
