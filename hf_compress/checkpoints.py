@@ -106,6 +106,11 @@ def found(output: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True) if path.is_dir()]
 
 
+def sealed(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    return next((folder for folder in found(output) if (folder / MANIFEST).exists()), None)
+
+
 def newest_whole(output: Path, processes: int | None = 1) -> Path | None:
     """The newest checkpoint that is whole, with a word on those passed over; None: there is no checkpoint at all.
 

@@ -375,7 +375,8 @@ def main() -> None:
     except (HfCompressError, OSError) as error:
         if os.environ.get("HF_COMPRESS_DEBUG"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = " ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"error: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(1)
 
 

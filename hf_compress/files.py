@@ -31,21 +31,37 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text so that a reader, also after a crash, sees the old file or the new one, never a part.
+    """Writes UTF-8 text as `atomic_file` does.
 
     Raises:
         OSError: if the folder cannot be written; the old file is untouched.
     """
+    with atomic_file(path) as part, part.open("xb") as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A sibling file to write; on success it takes the place of `path`, on failure `path` is as it was.
+
+    A reader, also after a crash, sees the old file or the new one, never a part.
+    """
     part = _beside(path, ".part")
     try:
-        with part.open("xb") as file:
-            file.write(text.encode())
-            file.flush()
+        yield part
+        with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        error.add_note(_kept(path))
         raise
+
+
+def _kept(path: Path) -> str:
+    """What an error says of the place that was not written."""
+    return f"{path} is as it was before." if path.exists() else f"Nothing was written to {path}."
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -73,8 +89,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield part
         _sync(part)
         _exchange(part, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        error.add_note(_kept(target))
         raise
 
 

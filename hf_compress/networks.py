@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import files
 from .errors import ConfigurationError, NumericalError, ResumeError
 
 WEIGHTS, OPTIMIZERS = "networks.safetensors", "networks-optimizers.pt"
@@ -76,13 +77,10 @@ class Networks:
             for name, network in self.modules.items()
             for key, tensor in network.state_dict().items()
         }
-        save_file(states, folder / f"{WEIGHTS}.part")
-        torch.save(
-            {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
-            folder / f"{OPTIMIZERS}.part",
-        )
-        for name in (OPTIMIZERS, WEIGHTS):  # weights last: without them a resume is refused
-            (folder / f"{name}.part").replace(folder / name)
+        with files.atomic_file(folder / WEIGHTS) as weights:  # last: without them a resume is refused
+            save_file(states, weights)
+            with files.atomic_file(folder / OPTIMIZERS) as optimizers:
+                torch.save({name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}, optimizers)
 
     def load(self, folder: Path) -> None:
         """Takes the state of a checkpoint.

@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,18 +289,9 @@ def _rewrite(path: Path, without: frozenset[str]) -> None:
     with safe_open(path, framework="pt") as weights:
         kept = {key: weights.get_tensor(key) for key in weights.keys() if key not in without}  # noqa: SIM118 (no mapping)
         metadata = weights.metadata()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
-    try:
+    with files.atomic_file(path) as part:
         save_file(kept, part, metadata=metadata)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
         part.chmod(path.stat().st_mode)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _strip_index(path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
-from . import checkpoints
+from . import checkpoints, files
 from . import distiller as d
 from . import objective as o
 from .checks import (
@@ -333,8 +333,13 @@ class Run:
             trainer = self.trainer
             others = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
             processes = None if others else trainer.args.world_size
-            resume = checkpoints.chosen(Path(trainer.args.output_dir), resume_from_checkpoint, processes)
-            return original(resume, *args, **kwargs)
+            output = Path(trainer.args.output_dir)
+            try:
+                return original(checkpoints.chosen(output, resume_from_checkpoint, processes), *args, **kwargs)
+            except Exception as error:
+                if sealed := checkpoints.sealed(output):
+                    error.add_note(f"{sealed.name} is whole: train(resume_from_checkpoint=True) goes on from it.")
+                raise
 
         return train
 
@@ -454,9 +459,8 @@ class Run:
             self.networks.save(folder)
         state = self.distiller.state_dict()
         if state and hasattr(self.student, "peft_config") and folder.is_dir():
-            part = folder / f"{SIDE_FILE}.part"
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
-            part.replace(folder / SIDE_FILE)
+            with files.atomic_file(folder / SIDE_FILE) as part:
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
         if folder.is_dir():
             checkpoints.seal(folder)
 

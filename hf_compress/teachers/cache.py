@@ -451,21 +451,14 @@ class CacheTeacher:
             return
         name = uuid4().hex
         path = self.folder / f"{name}.safetensors"
-        part = path.with_suffix(".part")
-        try:
+        with files.atomic_file(path) as part:
             save_file({tap: torch.cat(values).contiguous() for tap, values in self._stage.items()}, part)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())  # before its manifest is
             manifest = _Manifest(
                 sha256=files.sha256(part),
                 bytes=part.stat().st_size,
                 single=tuple(sorted(self._single & self._stage.keys())),
                 examples=dict(self._staged),
             )
-            part.replace(path)
-        except BaseException:  # a full disk, or Ctrl-C: no torn file stays
-            part.unlink(missing_ok=True)
-            raise
         files.write_text(self.folder / f"{name}.json", manifest.model_dump_json() + "\n")
         self._take(name, manifest)
         self._stage, self._staged, self._size = {}, {}, 0
