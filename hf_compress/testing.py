@@ -569,7 +569,7 @@ def check_a_batch_with_nothing_to_score(case: Case, folder: Path) -> None:
 
 
 def check_resumed_equals_uninterrupted(case: Case, folder: Path) -> None:
-    """Six steps in one go, and three, a new Trainer and three more: bit-identical losses and weights."""
+    """Six steps in one go, and three, a new Trainer in another folder and three more: the same losses and weights."""
     settings: dict[str, Any] = {
         "max_steps": 6,
         "per_device_train_batch_size": 2,
@@ -581,7 +581,8 @@ def check_resumed_equals_uninterrupted(case: Case, folder: Path) -> None:
     whole.train()
     first, _ = trainer(case, folder / "parts", callbacks=(_Keeper(stop_after=3),), **settings)
     first.train()
-    second, _ = trainer(case, folder / "parts", **settings)
+    (folder / "parts").rename(folder / "moved")
+    second, _ = trainer(case, folder / "moved", **settings)
     second.train(resume_from_checkpoint=True)
     losses = [{e["step"]: e["loss"] for e in t.state.log_history if "loss" in e} for t in (whole, second)]
     assert losses[0] == losses[1], f"losses differ: {losses}"

@@ -36,6 +36,14 @@ SPARE = 60.0
 NETWORK = "a network of its own"
 """Beside the names of methods: a toy with one, as ours with networks do not run on text."""
 
+STATES = {
+    "buffer": "taid-text-generation",
+    "learned part": "features-text-classification",
+    "own network": NETWORK,
+    "mixture": "ddk-text-generation",
+}
+"""A method for each kind of state."""
+
 
 def trained(folder: Path, name: str) -> Trainer:
     """A Trainer of a method of the registry, that saves at every step, with dropout and shuffled rows."""

@@ -30,6 +30,9 @@ def pages(root: Path) -> dict[Path, str]:
         root / "README.md": between(root / "README.md", "demo", demo(root)),
         root / "evaluation" / "README.md": results(root),
         root / "tests" / "README.md": tried(root),
+        root / "tests" / "faults" / "README.md": between(
+            root / "tests" / "faults" / "README.md", "faults", faults(root)
+        ),
     }
 
 
@@ -40,6 +43,21 @@ def tried(root: Path) -> str:
         text = between(page, mark, made, text)
     assert text is not None  # there are marks
     return text
+
+
+def lost(root: Path) -> str:
+    """The page of the faults, with the table of what `ci/faults` counted."""
+    page, found = (root / "tests" / "faults" / name for name in ("README.md", "results.json"))
+    if not found.exists():
+        return between(page, "faults", "")
+    row = json.loads(found.read_text(encoding="utf-8"))
+    lines = ["| promise | tried | survived | lost | of them |", "|---|---|---|---|---|"]
+    for promise, counts in row["promises"].items():
+        kinds = ", ".join(f"{name} {n}" for name, n in counts.items() if name not in ("tried", "survived", "lost"))
+        values = (promise, counts["tried"], counts.get("survived", 0), counts.get("lost", 0), kinds)
+        lines.append(f"| {' | '.join(map(str, values))} |")
+    lines += ["", f"`{row['command']}`, {row['date']}, {row['machine']}."]
+    return between(page, "faults", "\n".join(lines))
 
 
 def results(root: Path) -> str:

@@ -10,17 +10,9 @@ import features
 import killing
 import pytest
 import toys
-from killing import NETWORK, Killing
+from killing import NETWORK, STATES, Killing
 
 from hf_compress.data import Mixture
-
-STATES = {
-    "buffer": "taid-text-generation",
-    "learned part": "features-text-classification",
-    "own network": NETWORK,
-    "mixture": "ddk-text-generation",
-}
-"""A method for each kind of state."""
 
 
 @pytest.fixture
