@@ -289,13 +289,16 @@ def position_divisor(where: Positions, examples: int, needs: Needs) -> Tensor | 
     return torch.bincount(where.example, minlength=examples)[where.example]
 
 
-def task_term(loss: Tensor | None, local: Counts, window: Counts) -> Tensor | None:
+def task_term(loss: Tensor | None, local: Counts, window: Counts, ctc: str | None = None) -> Tensor | None:
     """The model's own mean loss, weighed by its part of the window's labels; None for a batch without labels.
 
-    Leaving it out matters: the mean over no labels is NaN, and 0 · NaN is NaN.
+    Leaving it out matters: the mean over no labels is NaN, and 0 · NaN is NaN. A CTC loss is a mean over examples, or,
+    with ctc="sum", a sum.
     """
     if loss is None or local.labels == 0 or window.labels == 0:  # a method may have made labels where there were none
         return None
+    if ctc is not None:
+        return loss if ctc == "sum" else loss * (local.examples / window.examples)
     return loss * (local.labels / window.labels)
 
 

@@ -99,6 +99,15 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     return found
 
 
+def with_frames(model: Any, inputs: Inputs) -> Inputs:
+    """A batch of waveforms with its mask over samples brought to the frames of the model's states."""
+    mask, brought = inputs.get("attention_mask"), getattr(model, "_get_feature_vector_attention_mask", None)
+    if mask is None or brought is None or "input_values" not in inputs:
+        return inputs
+    frames = int(model._get_feat_extract_output_lengths(mask.shape[1]))
+    return {**inputs, "attention_mask": brought(frames, mask)}
+
+
 def loss_of(output: Any, inputs: Inputs) -> Tensor | None:
     """The model's own loss in an output of any form; None where it computed none."""
     if isinstance(output, Mapping):

@@ -44,7 +44,7 @@ from .errors import (
 from .heads import Logits, Memory
 from .networks import Networks
 from .objective import Inputs, Kind, Objective, Signals, Step
-from .outputs import loss_of, with_loss, without_states
+from .outputs import loss_of, with_frames, with_loss, without_states
 from .provenance import describe_training, task_of
 from .reports import Reports, Sums, over_ranks
 from .resolving import agreed, dry_inputs, fitting, resolve_methods, until
@@ -127,6 +127,8 @@ class Run:
         self.student, self.config = student, config
         self.kind = config.kind or o.kind_of(unwrap(student))
         self.sizes = o.sizes(unwrap(student), self.kind)
+        ctc = type(unwrap(student)).__name__.endswith("ForCTC")
+        self._ctc = getattr(self.sizes.config, "ctc_loss_reduction", None) if ctc else None
         self.task = task_of(unwrap(student), self.kind)
         for model in models_of(source):
             check_apart(student, model)
@@ -514,7 +516,8 @@ class Run:
                 check_ids(self.teacher.sizes, inputs)
         if self._recorded is not None:
             self._recorded.prefetch(tensors)
-        counts = d.count(self.kind, tensors, self.distiller.objectives)
+        framed = [with_frames(unwrap(self.student), inputs) for inputs in tensors]
+        counts = d.count(self.kind, framed, self.distiller.objectives)
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
             values = accelerator.reduce(counts.to_tensor().to(self.trainer.args.device), reduction="sum")
@@ -603,6 +606,7 @@ class Run:
         self.chunking.stop()
         if inputs is None or targets is None or output is None or self._taps is None:  # not watched, or it raised
             return output
+        inputs = with_frames(unwrap(self.student), inputs)
         signals, apart = self._signals(inputs, output, targets)
         clean = without_states(output) if self._own_states else output
         if self.trainer.compute_loss_func is not None and "labels" not in inputs:
@@ -714,7 +718,7 @@ class Run:
             total = total + (parts.loss - parts.loss.detach())  # its gradient; its value comes with the terms
             sums, own = parts.sums, self.chunking.task_loss(parts, own, inputs, local)
         found = d.terms(self.distiller, self.needs, signals, self.step, local, window, sums)
-        task = own if normalised else d.task_term(own, local, window)
+        task = own if normalised else d.task_term(own, local, window, self._ctc)
         if task is not None and self.task_weight:
             if not torch.isfinite(task):
                 raise NumericalError(

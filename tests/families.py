@@ -56,7 +56,6 @@ BROKEN = {
 }
 """What transformers' own head cannot do, with the error's text."""
 FAULTS = {
-    ("wav2vec2", "speech to text"): "a CTC loss is no mean over labels, and the task's term weighs it as one",
     ("BART", "causal LM"): "this head's own loss does not shift the labels, and the task's term counts shifted ones",
 }
 """What trains, with a task's term that accumulation changes."""
@@ -335,6 +334,6 @@ def _notes() -> list[str]:
         "- Extractive QA: the comparison pads all rows to one length, as the softmax over time, the model's own too, "
         "runs over padding.",
         "- Embeddings of T5, BART and Whisper: hidden states are the encoder's, so the decoder gets no gradient.",
-        "- wav2vec2: waveforms of one length; with an `attention_mask` over samples the default is refused, as the "
-        "mask does not fit the frames, and `method='kd'` trains.",
+        "- wav2vec2: an `attention_mask` over samples is brought to the frames, so that padding counts nowhere. Its "
+        "CTC loss is a sum over examples, or a mean, as its config says, and is added up as such.",
     ]
