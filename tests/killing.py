@@ -138,7 +138,8 @@ class Killing:
             time.sleep(draw.random() * 0.02)
         else:
             time.sleep(draw.random() * 0.1)
-        process.kill()
+        end = process.kill if in_a_save else draw.choice([process.kill, process.terminate])
+        end()
         process.join()
-        if process.exitcode == -signal.SIGKILL:  # else it had come to its end
+        if process.exitcode in (-signal.SIGKILL, -signal.SIGTERM):  # else it had come to its end
             self.count("killed runs", "in a save" if saving.value else "between saves")
