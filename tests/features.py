@@ -460,6 +460,7 @@ RULES = (
     Rule("padding left", of("dparallel", "alm"), OWN_COLLATOR, refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
     Rule("packed sequences", of("alm"), OWN_COLLATOR, refused=False),
+    Rule("packed sequences", of("minilm"), "takes a row of the batch for one document"),
     Rule("data without labels", lambda case: not case.labelled, "its rows have none", refused=False),
     Rule("data without labels", HEADLESS, "do not teach the head. Add labels"),
     Rule("data without labels", of("multi_exit"), "every exit learns the labels, and the batch has none"),
