@@ -28,9 +28,8 @@ from .checks import (
     check_pair,
     check_tokenizers,
     makes_log_probabilities,
-    warn_of_probabilities,
 )
-from .chunked import Apart, Chunking, rows_of
+from .chunked import Apart, Chunking
 from .data import Mixture, check_mixture, set_epoch
 from .distiller import PREFIX, Counts, Distiller
 from .errors import (
@@ -41,7 +40,7 @@ from .errors import (
     UnknownNameError,
     UnusedLossError,
 )
-from .heads import Logits, Memory
+from .heads import Memory
 from .networks import Networks
 from .objective import Inputs, Kind, Objective, Signals, Step
 from .outputs import loss_of, with_frames, with_loss, without_states
@@ -49,6 +48,7 @@ from .provenance import describe_training, task_of
 from .reports import Reports, Sums, over_ranks
 from .resolving import agreed, dry_inputs, fitting, resolve_methods, until
 from .resume import SIDE_FILE, read_checkpoint, reload_renamed, resumed_folder
+from .sources import Sources, Targets
 from .stepping import make_step
 from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
 from .teachers import Recorded, Teacher, models_of, teacher_for
@@ -90,17 +90,6 @@ class DistillConfig:
                 f"memory must be one of {', '.join(get_args(Memory))} and chunk at least 1, got {self.memory!r} and "
                 f"{self.chunk}."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Targets:
-    """What teacher and frozen models gave for a batch."""
-
-    teacher: Mapping[str, Tensor]
-    logits: Logits | None
-    """The teacher's by rows, where they are not among its taps."""
-    frozen: Mapping[str, Mapping[str, Tensor]]
-    frozen_logits: Mapping[str, Logits]
 
 
 class Run:
@@ -148,9 +137,9 @@ class Run:
             raise ConfigurationError(f"{names} need a teacher: DistillCallback(teacher, method=…).")
         others = [other for other in (self.teacher, *self.frozen.values()) if other is not None]
         real = [check_pair(self.needs, self.sizes, other.sizes, trainer.processing_class) for other in others]
-        self._real = next((size for size in real if size is not None), None)
-        self._distributions = any(objective.overrides("per_position") for objective in objectives)
-        if self._distributions or self.kind == "labels":
+        self.real = next((size for size in real if size is not None), None)
+        self.distributions = any(objective.overrides("per_position") for objective in objectives)
+        if self.distributions or self.kind == "labels":
             check_head(self.sizes, objectives, self.needs)
         for method_name in ("batch", "teacher_batch"):
             if sum(objective.overrides(method_name) for objective in objectives) > 1:
@@ -164,22 +153,23 @@ class Run:
             check_tokenizers(trainer.processing_class, self.sizes, self.teacher.sizes)
         self.distiller = Distiller(objectives)
         self.networks = Networks({})
-        self._recorded = self.teacher if isinstance(self.teacher, Recorded) else None
-        columns: frozenset[str] = self._recorded.columns if self._recorded is not None else frozenset()
+        self.recorded = self.teacher if isinstance(self.teacher, Recorded) else None
+        columns: frozenset[str] = self.recorded.columns if self.recorded is not None else frozenset()
         self.required = columns.union(*(need.columns for need in self.needs))
         self.columns = self.required | self._read_by_teachers(removed=trainer.args.remove_unused_columns)
-        fixed = self._recorded is not None and self._recorded.fixed
+        fixed = self.recorded is not None and self.recorded.fixed
         if fixed and any(objective.overrides("batch") for objective in objectives):
             raise ConfigurationError(
                 "a method of this run changes the batch, and a cache knows the rows of the data alone. Give the model."
             )
-        self._taps: Taps | None = None
+        self.taps: Taps | None = None
         self._handles: list[Any] = []
         self._restore: list[Callable[[], None]] = []
         self._built = False
         self._loaded: list[str] | None = None
         self.reports = Reports(self)
         self.chunking = Chunking(self)
+        self.sources = Sources(self)
         self._reset()
         self.distiller.register_load_state_dict_post_hook(self._note_loaded)  # type: ignore[no-untyped-call]  # torch
         logger.info("hf_compress: %s with %s", self.task, ", ".join(objective.name for objective in objectives))
@@ -233,11 +223,12 @@ class Run:
         self.waiting = 0
         self.pending: tuple[Inputs, Any] | None = None
         self.reports.reset()
+        self.sources.reset()
         self._means = Sums({})
-        self._reached = self._label_column = self._looked = False
+        self._reached = self._label_column = False
         self.step: Step | None = None
         self._inputs: Inputs | None = None
-        self._targets: _Targets | None = None
+        self._targets: Targets | None = None
         self._own_states = self._tuple = False
 
     @property
@@ -268,7 +259,7 @@ class Run:
             other.prepare(wanted or frozenset({"logits"}), device)
         names: frozenset[str] = frozenset().union(*(need.student for need in self.needs))
         try:
-            self._taps = Taps(self.student, names, self.sizes.layers)
+            self.taps = Taps(self.student, names, self.sizes.layers)
             if not self._built:
                 self._build()
                 self._place_mixture()
@@ -296,15 +287,15 @@ class Run:
         with torch.random.fork_rng(), torch.no_grad(), evaluating(self.student):
             torch.manual_seed(self.trainer.args.seed)
             self.student.to(device)
-            assert self._taps is not None  # attach has just made it
+            assert self.taps is not None  # attach has just made it
             given: dict[str, Any] = dict(inputs)
-            if self._taps.hidden_states:
+            if self.taps.hidden_states:
                 given["output_hidden_states"] = True
             if returns_tuple(self.student, given):
                 given["return_dict"] = True
-            with watching(self._taps):
+            with watching(self.taps):
                 output = self.student(**given)
-            student = {name: tensor.shape for name, tensor in self._taps.read(output).items()}
+            student = {name: tensor.shape for name, tensor in self.taps.read(output).items()}
             wanted = self.teacher is not None and any(need.teacher for need in self.needs)
             teacher = {k: v.shape for k, v in self.teacher(inputs).items()} if wanted and self.teacher else {}
             for objective in self.distiller.objectives:
@@ -367,9 +358,9 @@ class Run:
             self._restore.pop()()
         if getattr(self.student, "distiller", None) is self.distiller:
             del self.student.distiller
-        if self._taps is not None:
-            self._taps.remove()
-            self._taps = None
+        if self.taps is not None:
+            self.taps.remove()
+            self.taps = None
         self.chunking.reset()
         for other in (self.teacher, *self.frozen.values()):
             if other is not None:
@@ -497,25 +488,25 @@ class Run:
     def begin_epoch(self, epoch: float) -> None:
         """Tells rows that are drawn anew in each epoch, and a teacher that is run in the first alone."""
         set_epoch(self.trainer.train_dataset, epoch)
-        if self._recorded is not None:
+        if self.recorded is not None:
             dropped = self.trainer.args.dataloader_drop_last  # the rows that an epoch leaves out come in a later one
-            self._recorded.epoch_began(0 if dropped else int(epoch))
+            self.recorded.epoch_began(0 if dropped else int(epoch))
 
     def flush(self) -> None:
         """Before a checkpoint, which passes over the batches so far: what was learned of them is to be there."""
-        if self._recorded is not None:
-            self._recorded.flush()
+        if self.recorded is not None:
+            self.recorded.flush()
 
     def begin_window(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Counts the accumulation window over all processes, before its first forward."""
         self._label_column = any("labels" in batch for batch in batches)
         tensors = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
         for inputs in tensors:
-            check_labels(self.kind, self.sizes.vocab, inputs, distributions=self._distributions)
+            check_labels(self.kind, self.sizes.vocab, inputs, distributions=self.distributions)
             if self.teacher is not None and self._shared_ids:
                 check_ids(self.teacher.sizes, inputs)
-        if self._recorded is not None:
-            self._recorded.prefetch(tensors)
+        if self.recorded is not None:
+            self.recorded.prefetch(tensors)
         framed = [with_frames(unwrap(self.student), inputs) for inputs in tensors]
         counts = d.count(self.kind, framed, self.distiller.objectives)
         accelerator = self.trainer.accelerator
@@ -549,8 +540,8 @@ class Run:
         measuring = measuring and self.teacher is not None
         seen = {name: value for name, value in inputs.items() if name not in self.columns}
         self.reports.measure_pending()
-        if measuring and self._recorded is not None:  # of other rows nothing is known
-            measuring = self._recorded.holds(
+        if measuring and self.recorded is not None:  # of other rows nothing is known
+            measuring = self.recorded.holds(
                 {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
             )
         if not training and not measuring:
@@ -570,19 +561,19 @@ class Run:
             hidden = self.columns | (inputs.keys() - seen.keys() - set(names))  # what a method added for itself
             seen = {name: value for name, value in inputs.items() if name not in hidden}
         self._inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        assert self._taps is not None  # the hooks exist only while the taps do
+        assert self.taps is not None  # the hooks exist only while the taps do
         asked = seen.get("output_hidden_states") or getattr(self.sizes.config, "output_hidden_states", False)
-        self._own_states = self._taps.hidden_states and not asked
+        self._own_states = self.taps.hidden_states and not asked
         if self._own_states:
             seen["output_hidden_states"] = True
         self._tuple = returns_tuple(self.student, seen)
         if self._tuple:
             seen["return_dict"] = True
         self.chunking.on = training and self.chunking.wanted(self._inputs)
-        self._targets = self._run_teachers(self._inputs)  # first: what it needs on the way is free again by then
+        self._targets = self.sources.targets(self._inputs)  # first: what it needs on the way is free again by then
         if self.chunking.on:
             seen = self.chunking.begin(seen)
-        self._taps.start()
+        self.taps.start()
         return (), seen
 
     def _train_networks(self, inputs: Inputs, step: Step) -> None:
@@ -601,13 +592,13 @@ class Run:
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         inputs, self._inputs = self._inputs, None
         targets, self._targets = self._targets, None
-        if self._taps is not None:
-            self._taps.stop()
+        if self.taps is not None:
+            self.taps.stop()
         self.chunking.stop()
-        if inputs is None or targets is None or output is None or self._taps is None:  # not watched, or it raised
+        if inputs is None or targets is None or output is None or self.taps is None:  # not watched, or it raised
             return output
         inputs = with_frames(unwrap(self.student), inputs)
-        signals, apart = self._signals(inputs, output, targets)
+        signals, apart = self.sources.signals(inputs, output, targets)
         clean = without_states(output) if self._own_states else output
         if self.trainer.compute_loss_func is not None and "labels" not in inputs:
             self.pending = (inputs, signals)
@@ -636,67 +627,6 @@ class Run:
         window = self.window or d.count(self.kind, [inputs], self.distiller.objectives)
         own = compute_loss_func(outputs, labels, num_items_in_batch=torch.tensor(max(window.labels, 1.0)))
         return self._total(inputs, signals, own, normalised=True)
-
-    def _run_teachers(self, inputs: Inputs) -> _Targets:
-        """What teacher and frozen models give for a batch, before the student's own forward."""
-        chunked = self.chunking.on
-        given = inputs
-        seen: Mapping[str, Tensor] = {}
-        lazily: Logits | None = None
-        if self.teacher is not None and any(need.teacher for need in self.needs):
-            for objective in self.distiller.objectives:
-                assert self.step is not None  # made by the pre-hook
-                if objective.overrides("teacher_batch"):
-                    given = objective.teacher_batch(given, self.step)
-            late = chunked or self._recorded is not None
-            seen, lazily = rows_of(self.teacher, given) if late else (self.teacher(given), None)
-        others = {
-            role: rows_of(other, inputs) if chunked else (other(inputs), None) for role, other in self.frozen.items()
-        }
-        return _Targets(
-            teacher=seen,
-            logits=lazily,
-            frozen={role: taps for role, (taps, _) in others.items()},
-            frozen_logits={role: logits for role, (_, logits) in others.items() if logits is not None},
-        )
-
-    def _signals(self, inputs: Inputs, output: Any, targets: _Targets) -> tuple[Signals, Apart | None]:
-        """What the models gave, and apart from it the logits that are taken in chunks."""
-        assert self._taps is not None  # checked by the hook
-        student = self._taps.read(output)
-        chunked = self.chunking.on
-        if chunked:
-            student.pop("logits", None)
-        fixed = sorted(name for name, tensor in student.items() if not tensor.requires_grad)
-        if fixed and self.is_training():
-            raise ConfigurationError(
-                f"taps {fixed} carry no gradient: their terms would teach nothing. With gradient checkpointing set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}; else check what is frozen, as a base under "
-                "adapters is."
-            )
-        signals = Signals(
-            student=student,
-            teacher=targets.teacher,
-            frozen=targets.frozen,
-            inputs=inputs,
-            positions=o.positions(self.kind, inputs),
-            tokens=o.tokens(inputs),
-            examples=o.batch_size(inputs),
-        )
-        if not chunked:
-            scores = targets.teacher.get("logits")
-            if scores is not None and self._distributions and not self._looked:
-                self._looked = True
-                warn_of_probabilities(d.select_logits(scores, signals.positions))
-            if targets.logits is not None:
-                beside = student["logits"][..., : self._real]  # of padded vocabularies the rest is nobody's
-                whole = d.whole_logits(targets.logits, beside, signals.positions)
-                signals = replace(signals, teacher={**targets.teacher, "logits": whole})
-            if self._real is not None:
-                signals = d.of_classes(signals, self._real)
-            return d.of_labels(signals) if self.kind == "labels" else signals, None
-        own = self.chunking.logits()
-        return signals, Apart(student=own, teacher=targets.logits, frozen=targets.frozen_logits, classes=self._real)
 
     def _total(
         self,

@@ -1,0 +1,112 @@
+"""What the models of a run give for a micro-batch: the teachers before the student's forward, the student after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import distiller as d
+from . import objective as o
+from .checks import warn_of_probabilities
+from .chunked import Apart, rows_of
+from .errors import ConfigurationError
+from .objective import Inputs, Signals
+
+if TYPE_CHECKING:
+    from .heads import Logits
+    from .run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What teacher and frozen models gave for a batch."""
+
+    teacher: Mapping[str, Tensor]
+    logits: Logits | None
+    """The teacher's by rows, where they are not among its taps."""
+    frozen: Mapping[str, Mapping[str, Tensor]]
+    frozen_logits: Mapping[str, Logits]
+
+
+class Sources:
+    """Runs the teachers of a run and reads its taps."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def reset(self) -> None:
+        """For a new `train()`."""
+        self._looked = False
+
+    def targets(self, inputs: Inputs) -> Targets:
+        """Of teacher and frozen models, before the student's own forward."""
+        run, given = self.run, inputs
+        seen: Mapping[str, Tensor] = {}
+        lazily: Logits | None = None
+        if run.teacher is not None and any(need.teacher for need in run.needs):
+            for objective in run.distiller.objectives:
+                assert run.step is not None  # made by the pre-hook
+                if objective.overrides("teacher_batch"):
+                    given = objective.teacher_batch(given, run.step)
+            late = run.chunking.on or run.recorded is not None
+            seen, lazily = rows_of(run.teacher, given) if late else (run.teacher(given), None)
+        others = {
+            role: rows_of(other, inputs) if run.chunking.on else (other(inputs), None)
+            for role, other in run.frozen.items()
+        }
+        return Targets(
+            teacher=seen,
+            logits=lazily,
+            frozen={role: taps for role, (taps, _) in others.items()},
+            frozen_logits={role: logits for role, (_, logits) in others.items() if logits is not None},
+        )
+
+    def signals(self, inputs: Inputs, output: Any, targets: Targets) -> tuple[Signals, Apart | None]:
+        """Of all models, and apart from it the logits that are taken in chunks."""
+        run = self.run
+        assert run.taps is not None  # checked by the hook
+        student = run.taps.read(output)
+        if run.chunking.on:
+            student.pop("logits", None)
+        if run.is_training():
+            _check_gradients(student)
+        signals = Signals(
+            student=student,
+            teacher=targets.teacher,
+            frozen=targets.frozen,
+            inputs=inputs,
+            positions=o.positions(run.kind, inputs),
+            tokens=o.tokens(inputs),
+            examples=o.batch_size(inputs),
+        )
+        if run.chunking.on:
+            own = run.chunking.logits()
+            return signals, Apart(student=own, teacher=targets.logits, frozen=targets.frozen_logits, classes=run.real)
+        return self._whole(signals, targets), None
+
+    def _whole(self, signals: Signals, targets: Targets) -> Signals:
+        """With all logits as tensors of all positions, over the classes that both models have."""
+        run = self.run
+        scores = targets.teacher.get("logits")
+        if scores is not None and run.distributions and not self._looked:
+            self._looked = True
+            warn_of_probabilities(d.select_logits(scores, signals.positions))
+        if targets.logits is not None:
+            beside = signals.student["logits"][..., : run.real]  # of padded vocabularies the rest is nobody's
+            whole = d.whole_logits(targets.logits, beside, signals.positions)
+            signals = replace(signals, teacher={**targets.teacher, "logits": whole})
+        if run.real is not None:
+            signals = d.of_classes(signals, run.real)
+        return d.of_labels(signals) if run.kind == "labels" else signals
+
+
+def _check_gradients(student: Mapping[str, Tensor]) -> None:
+    if fixed := sorted(name for name, tensor in student.items() if not tensor.requires_grad):
+        raise ConfigurationError(
+            f"taps {fixed} carry no gradient: their terms would teach nothing. With gradient checkpointing set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}; else check what is frozen, as a base under "
+            "adapters is."
+        )
