@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from canary import canary_token
 from hub.server import Fault, Hub, other_host, running_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
+
+__all__ = ["canary_token"]
 
 
 @pytest.fixture
