@@ -57,6 +57,17 @@ def check_trainer(trainer: Trainer, callback: TrainerCallback) -> None:
             f"hub_strategy={trainer.args.hub_strategy.value!r} pushes checkpoints with training state in them. "
             "Use hub_strategy='end', or `hf-compress push` afterwards."
         )
+    if trainer.args.hub_token is not None:
+        if trainer.args.push_to_hub:
+            raise ConfigurationError(
+                "the Trainer writes TrainingArguments(hub_token=…) in clear into training_args.bin, and "
+                "push_to_hub=True uploads that file. Leave hub_token out: the login or HF_TOKEN serves as well."
+            )
+        logger.warning(
+            "hf_compress: the Trainer writes hub_token in clear into training_args.bin, in each checkpoint and beside "
+            "the model. `hf-compress push` leaves that file out, Trainer.push_to_hub uploads it. Leave hub_token out: "
+            "the login or HF_TOKEN serves as well."
+        )
     data = trainer.train_dataset
     if data is not None and hasattr(data, "__len__") and len(data) == 0:
         raise ConfigurationError("the training data set is empty. Check its filters and splits.")

@@ -216,6 +216,8 @@ def distill(
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same student.")] = 0,
+    push: Annotated[str | None, typer.Option(help="Repository or its URL; without it the commit is a folder.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """A smaller student of a fine-tuned teacher, exported, measured, with its card: a recipe without YAML."""
@@ -232,6 +234,8 @@ def distill(
         "training": {"epochs": epochs, "learning_rate": learning_rate},
         "export": {"quantize": "int8" if test else None},
         "seed": seed,
+        "push": push,
+        "private": private,
     }
     _ship(validated(Recipe, values, "the options"), as_json)
 

@@ -46,7 +46,8 @@ def _private(text: str) -> str:
     text.encode()  # a lone surrogate: UnicodeEncodeError is a ValueError
     for pattern, what in ((_PATH, "an absolute path"), (_TOKEN, "a token")):
         if found := pattern.search(text):
-            raise ValueError(f"facts must not hold {what}: {found.group()[:40]!r} in {text[:120]!r}")
+            shown, where = (_TOKEN.sub("hf_…", part) for part in (found.group(), text))
+            raise ValueError(f"facts must not hold {what}: {shown[:40]!r} in {where[:120]!r}")
     return text
 
 
@@ -55,7 +56,7 @@ Setting = TypeAliasType("Setting", "bool | int | FiniteFloat | Text | list[Setti
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class Model(_Part):

@@ -10,32 +10,39 @@ failure. So after a failure the hub is asked what it holds before anything is tr
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.utils import get_session, parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
 
-from . import files
+from . import facts, files
 from .errors import ForeignFileError, HubError
 from .outgoing import ALLOWED, MANAGED, Outgoing, collect, strip
 from .outgoing import check as _check
 
-__all__ = ["Outgoing", "Pushed", "authorize", "check", "collect", "push", "strip", "write_commit"]
+__all__ = ["Outgoing", "Pushed", "authorize", "check", "collect", "private_for", "push", "strip", "write_commit"]
 
 WAITS = (1.0, 4.0, 16.0)
 """Seconds before the commit is tried again; as many retries as there are entries."""
 LONGEST_WAIT = 60.0
 """Seconds that a `Retry-After` of the hub is followed at most."""
+SILENCE = 300.0
+"""Seconds without a byte from the hub after which a request is given up; huggingface_hub would wait for ever."""
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 _NETWORK_ERROR = HfHubHTTPError.__mro__[1]  # the base of huggingface_hub's HTTP library, whose name changes
 
@@ -95,16 +102,54 @@ def write_commit(folder: Path, output: Path) -> Path:
     return output
 
 
-def authorize(repo_id: str, *, token: str | None = None, endpoint: str | None = None, create_pr: bool = False) -> str:
+def authorize(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    create_pr: bool = False,
+) -> str:
     """Finds out, without writing anything, whether a push to that repository can work; ask before training.
+
+    Args:
+        private, token, endpoint, create_pr: as they will be given to `push`.
 
     Returns:
         The repository's full name, with the user's name before a bare one.
 
     Raises:
-        HubError: without a token or a connection, with a read token, or for somebody else's repository.
+        HubError: without a token or a connection, with a token that may not write there, for somebody else's
+            repository, a name that no repository can have, or a public one where a private one is asked for.
     """
-    return _Remote.of(repo_id, token=token, endpoint=endpoint).authorize(create_pr)
+    remote = _Remote.of(repo_id, token=token, endpoint=endpoint)
+    remote.repo_id = remote.authorize(create_pr)
+    if (held := remote.existing()) is not None:
+        remote.check_visibility(held, private)
+    elif create_pr:
+        raise HubError(f"There is no {remote.repo_id} to propose a pull request to. Nothing was sent.")
+    return remote.repo_id
+
+
+def private_for(teachers: Iterable[str], private: bool | None) -> bool | None:
+    """The visibility of a student: as asked for; else True where a teacher is private or gated, as its students are
+    not for everybody either.
+
+    Args:
+        teachers: hub ids, looked up at `HF_ENDPOINT` with the token of the login.
+        private: what was asked for.
+
+    Raises:
+        HubError: if nothing was asked for and the hub cannot say.
+    """
+    for teacher in teachers if private is None else ():
+        remote = _Remote.of(teacher, token=None, endpoint=None)
+        remedy = "Say private=True or private=False for its student. Nothing was sent."
+        with remote.asking(f"whether the teacher {teacher} is private or gated", remedy):
+            info = remote.api.model_info(teacher)
+        if info.private or info.gated:
+            return True
+    return private
 
 
 def push(
@@ -124,7 +169,8 @@ def push(
     licence and evidence). A folder that the hub holds already makes no commit, so a push can always be repeated.
 
     Args:
-        private: visibility of a new repository, None: the account's default. True refuses an existing public one.
+        private: visibility of a new repository, None: private if the record names a teacher that is private or gated,
+            else the account's default. True refuses an existing public one.
         token: None: that of the login or of `HF_TOKEN`.
         endpoint: None: the public hub or `HF_ENDPOINT`.
         revision: an existing branch.
@@ -140,17 +186,32 @@ def push(
     sent = check(Path(folder), token=remote.token)
     ours = _Local(sent)
     remote.repo_id = remote.authorize(create_pr)
-    head = remote.open(private, create=not create_pr)
+    if not create_pr:
+        private = private_for(_teachers(facts.load(Path(folder))), private)
+    head, listed = remote.open(private, create=not create_pr)
     held = remote.files(head, "Nothing was sent.")
-    stale = tuple(sorted(name for name in held if MANAGED.fullmatch(name) and name not in sent.names))
+    if lacking := listed - held.keys():  # what is not seen would not be deleted, and stay beside the new model
+        raise HubError(f"The hub's list of {remote.repo_id} lacks {min(lacking)}. Nothing was sent. Push again.")
+    stale = ours.stale(held)
     if not stale and ours.same(held):
         return Pushed(url=remote.commit_url(head), oid=head, files=sent.names, new=False)
+    if create_pr and (made := remote.proposed(ours)) is not None:
+        return Pushed(url=made[1], oid=made[0], files=sent.names, new=False)
     oid, url = _commit(remote, ours, stale, head, create_pr, message or "Compressed model with its evidence and card")
     if not ours.same(remote.files(oid, f"{url} was made and could not be read back. Push again to compare.")):
         raise HubError(
-            f"{url} holds other bytes than were checked: {folder} changed meanwhile. Look at it, push again."
+            f"{url} shows other bytes than were checked: {folder} changed meanwhile, or the hub's list is wrong. Look "
+            "at it, push again."
         )
     return Pushed(url=url, oid=oid, files=sent.names, deleted=stale)
+
+
+def _teachers(record: facts.Record) -> list[str]:
+    """The hub ids of all models that the student learned from."""
+    training = record.training
+    stages = () if training is None else (training, *training.before)
+    models = [model for stage in stages for model in (stage.teacher, *stage.frozen.values()) if model is not None]
+    return list(dict.fromkeys(model.name for model in models if model.name))
 
 
 class _Local:
@@ -163,6 +224,10 @@ class _Local:
     def same(self, held: dict[str, RepoFile]) -> bool:
         """Whether a commit holds each of our files with our bytes."""
         return all(name in held and _remote_hash(held[name]) in ours for name, ours in self._hashes.items())
+
+    def stale(self, held: dict[str, RepoFile]) -> tuple[str, ...]:
+        """Files of an earlier push in a commit, which this folder has no more."""
+        return tuple(sorted(name for name in held if MANAGED.fullmatch(name) and name not in self._hashes))
 
     def additions(self) -> list[CommitOperationAdd]:
         return [
@@ -195,42 +260,74 @@ class _Remote:
     @classmethod
     def of(cls, repo_id: str, *, token: str | None, endpoint: str | None, revision: str = "main") -> _Remote:
         token = token or get_token()
-        return cls(HfApi(endpoint=endpoint, token=token or False), repo_id, revision, token)
+        api = HfApi(endpoint=endpoint, token=token or False)
+        if "@" in urlsplit(api.endpoint).netloc:  # it would be part of every URL that is printed, logged and kept
+            raise HubError(
+                "The address of the hub holds a user or a password. Give it without; a token goes into HF_TOKEN or "
+                "token=…. Nothing was sent."
+            )
+        return cls(api, repo_id, revision, token)
 
     @cached_property
     def user(self) -> dict[str, Any]:
         if self.token is None:
             raise HubError("There is no token. Log in with `hf auth login` or set HF_TOKEN. Nothing was sent.")
         with self.asking("who you are", "Check the token, the endpoint and the connection. Nothing was sent."):
-            return dict(self.api.whoami())
+            user = dict(self.api.whoami())
+            if not isinstance(user.get("name"), str):
+                raise ValueError("the answer names nobody")
+            return user
 
     def authorize(self, create_pr: bool) -> str:
-        name = self.user["name"]
+        name, access = self.user["name"], self.user.get("auth", {}).get("accessToken", {})
         repo_id = self.repo_id if "/" in self.repo_id else f"{name}/{self.repo_id}"
-        owners = [name, *(org["name"] for org in self.user.get("orgs", []))]
-        if self.user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        orgs = {org["name"]: org for org in self.user.get("orgs", [])}
+        owner = repo_id.split("/")[0]
+        try:
+            validate_repo_id(repo_id)
+        except ValueError as error:
+            raise HubError(f"{repo_id!r} can be no repository's name: {self.told(error)}. Nothing was sent.") from error
+        if access.get("role") == "read":
             raise HubError(
                 f"The token of {name} may only read. Make one that may write to {repo_id}. Nothing was sent."
             )
-        if repo_id.split("/")[0] not in owners and not create_pr:
+        if owner not in (name, *orgs) and not create_pr:
             raise HubError(
-                f"{repo_id} does not belong to {' or '.join(owners)}. "
+                f"{repo_id} does not belong to {' or '.join((name, *orgs))}. "
                 "Choose a repository of yours, or propose it with create_pr=True. Nothing was sent."
+            )
+        if not create_pr and orgs.get(owner, {}).get("roleInOrg") == "read":
+            raise HubError(f"{name} may only read in {owner}. Ask for the right to write there. Nothing was sent.")
+        if not create_pr and not _may_write(access, {owner, repo_id}):
+            raise HubError(
+                f"The fine-grained token of {name} may not write to {repo_id}. Give it that right. Nothing was sent."
             )
         return repo_id
 
-    def open(self, private: bool | None, create: bool) -> str:
-        """The head of the revision, of a repository that is made if need be."""
+    def existing(self) -> ModelInfo | None:
+        """The repository, if this user can see one."""
+        with self.asking(f"for the repository {self.repo_id}", "Nothing was sent."):
+            try:
+                return self.api.model_info(self.repo_id)
+            except RepositoryNotFoundError:
+                return None
+
+    def check_visibility(self, held: ModelInfo, private: bool | None) -> None:
+        if private and not held.private:
+            raise HubError(
+                f"{self.repo_id} is public, and its student was to be private, as asked for or because the teacher is "
+                "private or gated. Choose another repository, or say private=False. Nothing was sent."
+            )
+
+    def open(self, private: bool | None, create: bool) -> tuple[str, set[str]]:
+        """The head of the revision and the names of its files, of a repository that is made if need be."""
         if create:
             with self.asking(f"for the repository {self.repo_id}", "Nothing was sent."):
                 self.api.create_repo(self.repo_id, private=private, exist_ok=True)
         with self.asking(f"for {self.revision} of {self.repo_id}", "Nothing was sent. Check repository and branch."):
             info = self.api.model_info(self.repo_id, revision=self.revision)
-        if private and not info.private:
-            raise HubError(
-                f"{self.repo_id} is public, and private=True was asked for. Change one of them. Nothing was sent."
-            )
-        return str(info.sha)
+        self.check_visibility(info, private)
+        return str(info.sha), {file.rfilename for file in info.siblings or ()}
 
     def head(self) -> str:
         with self.asking(f"for the head of {self.repo_id}", ""):
@@ -248,6 +345,23 @@ class _Remote:
             refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
             return {ref.ref: ref.target_commit for ref in refs.pull_requests or ()}
 
+    def proposed(self, ours: _Local) -> tuple[str, str] | None:
+        """An open pull request of this user that holds our files already: its commit and its URL."""
+        with self.asking(f"for your pull requests to {self.repo_id}", "Nothing was sent."):
+            author = self.user["name"]
+            found = self.api.get_repo_discussions(
+                self.repo_id, author=author, discussion_type="pull_request", discussion_status="open"
+            )
+            numbers = [each.num for each in found]
+        for number in numbers:
+            held = self.files(f"refs/pr/{number}", "Nothing was sent.")
+            if ours.same(held) and not ours.stale(held):
+                return self.pull_requests()[f"refs/pr/{number}"], self.discussion_url(number)
+        return None
+
+    def discussion_url(self, number: int | str) -> str:
+        return f"{self.api.endpoint}/{self.repo_id}/discussions/{number}"
+
     def commit_url(self, oid: str) -> str:
         return f"{self.api.endpoint}/{self.repo_id}/commit/{oid}"
 
@@ -255,7 +369,8 @@ class _Remote:
     def asking(self, what: str, remedy: str) -> Iterator[None]:
         # huggingface_hub, its HTTP library and hf_xet raise types of their own, which share no base but this
         try:
-            yield
+            with _limited():
+                yield
         except HubError:
             raise
         except Exception as error:
@@ -275,6 +390,8 @@ class _Remote:
         """An error in a line, without token."""
         if isinstance(error, LocalTokenNotFoundError):
             return "there is no token"
+        if isinstance(error, json.JSONDecodeError):
+            return "the answer is no JSON, perhaps an error page"
         return self.clean(" ".join(str(error).split()) or type(error).__name__)[:400].rstrip(".")
 
     def clean(self, text: str) -> str:
@@ -299,7 +416,7 @@ def _commit(
     ]
     for wait in (*WAITS, None):
         try:
-            with warnings.catch_warnings():  # parquet in a model repository is evidence here, and meant
+            with _limited(), warnings.catch_warnings():  # parquet in a model repository is evidence here, and meant
                 warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
                 info = remote.api.create_commit(
                     remote.repo_id,
@@ -332,7 +449,7 @@ def _made(
         if known is not None:
             for ref, oid in remote.pull_requests().items():
                 if ref not in known and ours.same(remote.files(oid)):
-                    return oid, f"{remote.api.endpoint}/{remote.repo_id}/discussions/{ref.split('/')[-1]}"
+                    return oid, remote.discussion_url(ref.split("/")[-1])
             return None
         at = remote.head()
         if at == head:
@@ -351,12 +468,46 @@ def _made(
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether trying again may help: the hub is busy, or the connection broke."""
+    """Whether trying again may help: the hub is busy, the connection broke, or an error page came for an answer."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in BUSY
-    return isinstance(error, _NETWORK_ERROR | ConnectionError | TimeoutError)
+    return isinstance(error, _NETWORK_ERROR | ConnectionError | TimeoutError | json.JSONDecodeError)
 
 
 def _asked_to_wait(error: Exception) -> float:
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return min(float(asked), LONGEST_WAIT) if asked.isdigit() else 0.0
+    """Seconds, at most `LONGEST_WAIT`: until a limit of requests is lifted, or as a Retry-After says."""
+    if not isinstance(error, HfHubHTTPError):
+        return 0.0
+    headers = error.response.headers
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return min(float(limit.reset_in_seconds), LONGEST_WAIT)
+    try:
+        return min(float(Retry().parse_retry_after(headers.get("Retry-After", "0"))), LONGEST_WAIT)
+    except (InvalidHeader, OverflowError, ValueError):
+        return 0.0
+
+
+def _may_write(access: dict[str, Any], where: set[str]) -> bool:
+    """False if this is a fine-grained token without the right to write to any of these owners and repositories."""
+    scopes = access.get("fineGrained", {}).get("scoped") if access.get("role") == "fineGrained" else None
+    if not isinstance(scopes, list):
+        return True
+    return any(s.get("entity", {}).get("name") in where and "repo.write" in s.get("permissions", ()) for s in scopes)
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Gives each request of huggingface_hub that has no limit of time ours, whatever the request passes itself."""
+
+    def limit(request: Any) -> None:
+        limits = request.extensions.get("timeout") or dict.fromkeys(("connect", "read", "write", "pool"))
+        request.extensions["timeout"] = {name: SILENCE if value is None else value for name, value in limits.items()}
+
+    session = get_session()
+    before = session.event_hooks
+    session.event_hooks = {**before, "request": [*before.get("request", ()), limit]}
+    try:
+        yield
+    finally:
+        session.event_hooks = before

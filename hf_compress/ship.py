@@ -101,6 +101,7 @@ class _Work:
         notes = files.read_json(self.notes_file) if self.notes_file.exists() else {}
         self.notes: dict[str, str] = {str(key): str(value) for key, value in notes.items()}
         self.ran: list[str] = []
+        self.private = recipe.private
         self.chains: dict[str, str] = {}
 
     def stages(self) -> list[tuple[str, Callable[[], None], Any]]:
@@ -173,11 +174,18 @@ class _Work:
                 self.rows(part)
         self._check_teacher()
         if self.recipe.push is not None:
-            repository, endpoint = repository_of(self.recipe.push)
-            hub.authorize(repository, endpoint=endpoint)
+            self._check_push(self.recipe.push)
         self.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.output):
             pass  # it can be written
+
+    def _check_push(self, target: str) -> None:
+        repository, endpoint = repository_of(target)
+        teachers = [] if Path(self.recipe.teacher).is_dir() else [self.recipe.teacher]
+        self.private = hub.private_for(teachers, self.recipe.private)
+        if self.private and self.recipe.private is None:
+            self.tell(f"{self.recipe.teacher} is private or gated, so the student will be private (private: true)")
+        hub.authorize(repository, endpoint=endpoint, private=self.private)
 
     def _check_output(self) -> None:
         """Stages replace whole folders, so those of somebody else must not lie there."""
@@ -422,7 +430,7 @@ class _Work:
             )
         else:
             repository, endpoint = repository_of(self.recipe.push)
-            pushed = hub.push(self.student, repository, endpoint=endpoint, private=self.recipe.private)
+            pushed = hub.push(self.student, repository, endpoint=endpoint, private=self.private)
             said = pushed.describe()
         files.write_text(self.output / "destination.txt", said + "\n")
 
@@ -448,14 +456,19 @@ def repository_of(target: str) -> tuple[str, str | None]:
     """(owner/name, endpoint or None) of a repository's name or URL.
 
     Raises:
-        ConfigurationError: for a URL without a repository in it.
+        ConfigurationError: for a URL without a repository in it, or with a user or a password.
     """
     parts = urlsplit(target)
+    if "@" in target:
+        raise ConfigurationError(  # without the address: it may hold a password
+            "the address of the repository holds a user or a password. Give it without; a token goes into HF_TOKEN."
+        )
     if not parts.scheme:
         return target, None
     name = parts.path.strip("/")
     if parts.scheme not in ("http", "https") or not parts.netloc or name.count("/") != 1:
-        raise ConfigurationError(f"{target} names no repository: expected OWNER/NAME or https://HUB/OWNER/NAME.")
+        shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
+        raise ConfigurationError(f"{shown} names no repository: expected OWNER/NAME or https://HUB/OWNER/NAME.")
     return name, f"{parts.scheme}://{parts.netloc}"
 
 

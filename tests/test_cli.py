@@ -255,6 +255,7 @@ def test_export_reads_the_data_of_its_gate_before_it_writes(
         (("--text", "sentence"), "'sentence'"),
         (("--task", "summarization"), "the options: task"),
         (("--layers", "9"), "student.layers is 9, and the teacher has 3 layers"),
+        (("--push", "https://me:secret@hub.example/me/small"), "holds a user or a password"),
     ],
 )
 def test_distill_refuses_before_it_trains(

@@ -80,8 +80,15 @@ def whoami(call: Call) -> Any:
     if call.user is None:
         raise RefusedError(401, "Invalid username or password.")
     name, role = call.user
-    orgs = [{"type": "org", "name": org, "fullname": org} for org in call.hub.orgs.get(name, [])]
-    auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": role}}
+    orgs = [
+        {"type": "org", "name": org, "fullname": org, "roleInOrg": call.hub.roles.get(org, "admin")}
+        for org in call.hub.orgs.get(name, [])
+    ]
+    access: dict[str, Any] = {"displayName": "test", "role": role}
+    if role == "fineGrained":
+        scoped = [{"entity": {"type": "user", "name": who}, "permissions": may} for who, may in call.hub.grants.items()]
+        access["fineGrained"] = {"canReadGatedRepos": False, "global": [], "scoped": scoped}
+    auth = {"type": "access_token", "accessToken": access}
     return {"type": "user", "name": name, "fullname": name, "email": f"{name}@hub.test", "orgs": orgs, "auth": auth}
 
 
@@ -144,8 +151,10 @@ def batch(call: Call, kind: str | None, id: str) -> Any:
     for wanted in call.json["objects"]:
         found = {"oid": wanted["oid"], "size": wanted["size"]}
         if wanted["oid"] not in call.hub.stored:
-            href = f"{call.hub.url}/lfs/{wanted['oid']}"
-            found["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+            upload, verify = (
+                f"{base}/lfs/{wanted['oid']}" for base in (call.hub.storage or call.hub.url, call.hub.url)
+            )
+            found["actions"] = {"upload": {"href": upload}, "verify": {"href": f"{verify}/verify"}}
         objects.append(found)
     return {"transfer": "basic", "objects": objects}
 
@@ -183,6 +192,9 @@ def commit(call: Call, kind: str, id: str, revision: str) -> Any:
     number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
     made = repo.commit(f"refs/pr/{number}" if asks else branch, head["value"]["summary"], files, parent.oid)
     repo.announced.clear()
+    if asks:
+        assert call.user is not None  # `writable` has seen to it
+        repo.authors[f"refs/pr/{number}"] = call.user[0]
     answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{call.hub.url}/{id}/commit/{made.oid}"}
     return answer | ({"pullRequestUrl": f"{call.hub.url}/{id}/discussions/{number}"} if asks else {})
 
@@ -221,7 +233,7 @@ def info(call: Call, kind: str, id: str, revision: str | None) -> Any:
         "author": id.split("/")[0],
         "lastModified": DATE,
         "createdAt": DATE,
-        "gated": False,
+        "gated": repo.gated,
         "disabled": False,
         "downloads": 0,
         "likes": 0,
@@ -269,6 +281,25 @@ def refs(call: Call, kind: str, id: str) -> Any:
     if "include_prs" in call.query:
         found["pullRequests"] = [entry(n[5:], n, o) for n, o in repo.refs.items() if n.startswith("refs/pr/")]
     return found
+
+
+@route("GET", "/api/REPO/discussions")
+def discussions(call: Call, kind: str, id: str) -> Any:
+    repo, name = call.readable(kind, id), call.query.get("author")
+    found = [
+        {
+            "num": int(ref.split("/")[-1]),
+            "title": repo.commits[oid].title,
+            "author": {"name": repo.authors[ref]},
+            "createdAt": DATE,
+            "status": "open",
+            "isPullRequest": True,
+            "repo": {"name": id, "type": kind[:-1]},
+        }
+        for ref, oid in repo.refs.items()
+        if ref.startswith("refs/pr/") and name in (None, repo.authors[ref])
+    ]
+    return {"count": len(found), "start": 0, "discussions": found}
 
 
 @route("POST", "/api/REPO/branch/([^/]+)")

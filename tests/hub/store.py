@@ -26,6 +26,23 @@ class RefusedError(Exception):
         self.body = {"error": message} if body is None else body
 
 
+KINDS = {
+    "whoami": "GET /api/whoami",
+    "create_repo": "POST /api/repos/create",
+    "info": r"GET /api/models/[^/]+/[^/]+(/revision/[^/]+)?(\?|$)",
+    "refs": "GET .*/refs",
+    "discussions": "GET .*/discussions",
+    "tree": "GET .*/tree/",
+    "validate": "POST /api/validate-yaml",
+    "preupload": "POST .*/preupload/",
+    "batch": "POST .*/objects/batch",
+    "upload": "PUT /lfs/",
+    "verify": "POST /lfs/[^/]+/verify",
+    "commit": "POST .*/commit/",
+}
+"""What a push asks of a hub, by kind; each is the `match` of a `Fault`."""
+
+
 @dataclass
 class Fault:
     """What happens to the next request whose `METHOD /path` matches, instead of or after what it asked for."""
@@ -40,6 +57,18 @@ class Fault:
     seconds: float = 0.0
     skip: int = 0
     """How many matching requests are answered as usual first."""
+    times: int = 1
+    """How many requests meet it."""
+    drip: float = 0.0
+    """Above 0: the true answer comes in eight pieces, with so many seconds before each."""
+    redirect: str = ""
+    """The base of another server, to which the request's path is redirected, with `status`."""
+    dies: bool = False
+    """The hub is gone from this request on, until `Hub.dead` is False again."""
+
+    def meets(self, line: str) -> bool:
+        """Whether it is meant for the request `METHOD /path`."""
+        return re.search(self.match, line) is not None
 
 
 @dataclass(frozen=True)
@@ -94,8 +123,11 @@ class Repo:
     kind: str
     id: str
     private: bool = False
+    gated: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    authors: dict[str, str] = field(default_factory=dict)
+    """Who opened a pull request, by its ref."""
     commits: dict[str, Commit] = field(default_factory=dict)
     announced: dict[str, str] = field(default_factory=dict)
     """Upload mode by path, as told in preupload since the last commit."""
@@ -122,10 +154,19 @@ class Hub:
         self.url = ""
         self.users = {TOKEN: ("me", "write"), STRANGER: ("stranger", "write"), READER: ("me", "read")}
         self.orgs = {"me": ["team"]}
+        self.roles: dict[str, str] = {}
+        """Of everybody in an organisation; without an entry: admin."""
+        self.grants: dict[str, list[str]] = {}
+        """Permissions of all fine-grained tokens, by user, organisation or repository."""
         self.repos: dict[tuple[str, str], Repo] = {}
         self.stored: dict[str, bytes] = {}
         self.log: list[Request] = []
         self.plan: list[Fault] = []
+        self.fired: list[str] = []
+        """The `METHOD /path` of each request that met a fault."""
+        self.dead = False
+        self.storage = ""
+        """The base of the host to which LFS files are sent, if it is another than the hub's."""
         self.lock = threading.RLock()
 
     def repo(self, id: str, kind: str = "models") -> Repo:
