@@ -173,8 +173,17 @@ def check_external(path: Path) -> None:
     for message in _messages(_read(path)):
         if isinstance(message, onnx.TensorProto) and message.data_location == onnx.TensorProto.EXTERNAL:
             for entry in message.external_data:
-                if entry.key == "location" and not files.inside(path.parent, entry.value).is_file():
-                    raise ForeignFileError(path.parent / entry.value, "is missing.", "Export or fetch it again.")
+                if entry.key == "location":
+                    _check_data(path.parent, entry.value)
+
+
+def _check_data(folder: Path, name: str) -> None:
+    """Refuses a file of weights that lies elsewhere, also under a second name: ONNX Runtime takes a hard link."""
+    path = files.inside(folder, name)
+    if not path.is_file():
+        raise ForeignFileError(folder / name, "is missing.", "Export or fetch it again.")
+    if path.stat().st_nlink > 1:
+        raise ForeignFileError(folder / name, "is a hard link: its bytes may be another's.", "Copy the file.")
 
 
 def _messages(message: Any) -> Iterator[Any]:

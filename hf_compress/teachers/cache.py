@@ -537,6 +537,7 @@ class CacheTeacher:
         path = self.folder / f"{name}.safetensors"
         if files.sha256(path) != self._sums[name]:
             raise self._torn(path)
+        files.check_safetensors(path)
         shard: Any = safe_open(path, framework="pt")
         if {tensor.removesuffix(".ids") for tensor in shard.keys()} != set(self._known.taps):  # noqa: SIM118
             raise self._torn(path)

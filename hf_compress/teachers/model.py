@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hf_compress import facts
+from hf_compress import facts, foreign
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.heads import Dense, Head, Lazy, Logits, UnprovenError, prove
 from hf_compress.objective import Inputs, Kind, sizes
@@ -181,20 +180,15 @@ def load_teacher(source: str, student: nn.Module | None = None) -> nn.Module:
         ForeignFileError: if the folder has no config or no weights, or weights are missing for some parameters: they
             would be random, and the student would learn noise.
     """
-    safe: dict[str, Any] = {"trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **safe)
+    with foreign.loading(source, "as a teacher", "Give a folder or hub id with config and safetensors."):
+        config = foreign.config(source)
         named = (config.architectures or [type(unwrap(student)).__name__ if student is not None else "none"])[0]
-        architecture = getattr(transformers, named, None)
-        if architecture is None:
-            raise ConfigurationError(f"the teacher's architecture {named!r} is not in transformers; pass the model.")
-        model, report = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **safe)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ForeignFileError(
-            source, f"cannot be loaded as a teacher: {error}", "Give a folder or hub id with config and safetensors."
-        ) from error
+        architecture: Any = getattr(transformers, str(named), None)
+        if not inspect.isclass(architecture) or not issubclass(architecture, transformers.PreTrainedModel):
+            raise ConfigurationError(
+                f"{source}: the teacher's architecture {named!r} is no model of transformers; pass the model."
+            )
+        model, report = architecture.from_pretrained(source, output_loading_info=True, **foreign.SAFE)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ForeignFileError(
