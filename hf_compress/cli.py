@@ -368,6 +368,7 @@ def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def main() -> None:
     """Entry point: an error of ours is one message and exit code 1; HF_COMPRESS_DEBUG=1 shows its traceback."""
+    from . import files
     from .errors import HfCompressError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -377,7 +378,7 @@ def main() -> None:
     except (HfCompressError, OSError) as error:
         if os.environ.get("HF_COMPRESS_DEBUG"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {files.printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
 
 

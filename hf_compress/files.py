@@ -132,6 +132,11 @@ def _blobs(folder: Path) -> list[Path]:
     ]
 
 
+def printable(text: str) -> str:
+    """A stranger's text for a terminal, without the characters that steer it or turn its direction."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
 def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     """A JSON object from a file of unknown origin: bounded in size and depth, no duplicate keys, finite numbers.
 
@@ -233,8 +238,16 @@ class _UniqueLoader(yaml.SafeLoader):
         return value
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; False for a name that no system takes, for which `Path.is_file` raises."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _read_text(path: Path, limit: int) -> str:
-    if not path.is_file():
+    if not is_file(path):
         raise ForeignFileError(path, "does not exist.", "Check the path.")
     size = path.stat().st_size
     if size > limit:

@@ -32,7 +32,7 @@ MAX_COUNT = 2**20
 """Layers, labels, heads, experts: transformers makes lists of that many while it reads a config."""
 MAX_TOKENIZER_BYTES = 128 * 2**20
 """Of `tokenizer.json`; that of Gemma 3, with 262 thousand tokens, has 33 MB."""
-_COUNTS = re.compile(r"^num_|^n_|layer|depth|block|stage|label|class|expert|head|group")
+_COUNTS = re.compile(r"layer|depth|block|stage|label|class|expert|head|group")
 _TOKENIZER_REMEDY = "Save the tokenizer again, or take it from a source you trust."
 _TOKENIZER_TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _ELEMENTS_PER_BYTE = 8
@@ -83,10 +83,9 @@ def check_ids(rows: Iterable[Sequence[int]], model: Any, tokenizer: Any) -> None
     Raises:
         MismatchError: naming the row.
     """
-    if not callable(getattr(model, "get_input_embeddings", None)):
-        return
-    known = model.get_input_embeddings().num_embeddings
-    for row, ids in enumerate(rows):
+    config = getattr(model, "config", None)
+    known = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    for row, ids in enumerate(rows if known else ()):
         if ids and not 0 <= max(ids) < known:
             name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
             raise MismatchError(
@@ -128,7 +127,7 @@ def check_config(path: Path) -> None:
         if isinstance(value, bool | str | None):
             continue
         if (_COUNTS.search(key) and value > MAX_COUNT) or (key.startswith(("num_", "n_")) and value < 0):
-            raise ForeignFileError(path, f"asks for {float(value):.3g} in {key!r}.", remedy)
+            raise ForeignFileError(path, f"asks for {str(value)[:20]} in {key!r}.", remedy)
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, bool | int | float | str | None]]:

@@ -448,7 +448,12 @@ def repository_of(target: str) -> tuple[str, str | None]:
     Raises:
         ConfigurationError: for a URL without a repository in it.
     """
-    parts = urlsplit(target)
+    try:
+        parts = urlsplit(target)
+    except ValueError as error:  # half of a bracketed address
+        raise ConfigurationError(
+            f"{target} is no URL ({error}): expected OWNER/NAME or https://HUB/OWNER/NAME."
+        ) from error
     if not parts.scheme:
         return target, None
     name = parts.path.strip("/")
