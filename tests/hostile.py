@@ -433,6 +433,7 @@ def _tokenizer(name: str, edit: Callable[[dict[str, Any]], Any]) -> None:
         value = json.loads((folder / "tokenizer.json").read_text())
         edit(value)
         (folder / "tokenizer.json").write_text(json.dumps(value))
+        change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # takes it as it is
 
     FAULTS[name] = spoil
 

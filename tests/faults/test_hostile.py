@@ -35,7 +35,8 @@ from hf_compress.onnx_runtime import load_onnx
 from hf_compress.teachers.cache import CacheTeacher
 from hf_compress.teachers.model import load_teacher
 
-assert exporting and evaluation  # imported here once, and not in every child
+HEAVY = (exporting, evaluation)
+"""Imported here once, and not in every child."""
 
 Child = Callable[..., Outcome]
 Tree = dict[str, tuple[int, int, int]]
@@ -65,6 +66,8 @@ def tree(folder: Path) -> Tree:
     found = {}
     for path in folder.rglob("*"):
         stat = path.lstat()
+        if path.is_dir() and not path.is_symlink():
+            continue
         found[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     return found
 
@@ -122,7 +125,7 @@ def assert_refused(outcome: Outcome, *named: str) -> None:
         assert outcome.is_ours, outcome
         message = outcome.message
     assert message.isprintable() or not isinstance(outcome.value, int)
-    assert len(message) < 3000
+    assert len(message) < 10_000
     assert any(name in message for name in named), (named, message)
     assert message.rstrip().endswith((".", "?", ")")), message
 
@@ -475,6 +478,7 @@ def test_a_hostile_value_of_a_recipe_is_refused(
         "teacher",
         "a\N{REPLACEMENT CHARACTER}b",
         "example.invalid",
+        "/dev/zero",
         "here",
         "etc",
         "::1",
@@ -605,6 +609,11 @@ def _header(**values: Any) -> Callable[[Path, Path], None]:
     return lambda shard, manifest: change(shard.with_name("cache.json"), **values)
 
 
+def _linked(shard: Path) -> None:
+    shard.unlink()
+    shard.symlink_to("/etc/passwd")
+
+
 CACHES: dict[str, Callable[[Path, Path], None]] = {
     "example beyond the end": _examples(lambda places: [10**6, *places[1:]]),
     "example beyond 64 bits": _examples(lambda places: [2**70, *places[1:]]),
@@ -620,7 +629,7 @@ CACHES: dict[str, Callable[[Path, Path], None]] = {
     "another type": _shard(lambda text: text.replace('"F16"', '"I16"')),
     "another width": _shard(lambda text: text.replace("[2, 3]", "[3, 2]")),
     "pickle": lambda shard, manifest: shard.write_bytes(pickle.dumps(Payload())) and None,
-    "link": lambda shard, manifest: (shard.unlink(), shard.symlink_to("/etc/passwd")) and None,
+    "link": lambda shard, manifest: _linked(shard),
     "unknown kind": _header(kind="evil"),
     "another kind": _header(kind="causal"),
     "huge vocabulary": _header(vocab=10**12),
