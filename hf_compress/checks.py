@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, Trainer, TrainerCallback
+from transformers import PreTrainedConfig, Trainer, TrainerCallback
 from transformers.utils import cached_file
 
+from . import foreign
 from . import objective as o
-from .errors import ConfigurationError, MismatchError
+from .errors import ConfigurationError, ForeignFileError, MismatchError
 from .objective import Inputs, Kind, Needs, Objective, Sizes
 from .teachers.model import hub_name
 
@@ -249,8 +250,8 @@ def tokenizer_beside(config: PreTrainedConfig | None) -> Any | None:
     if not any(cached_file(source, name, **quiet) for name in TOKENIZERS):  # without one some classes make an empty one
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return foreign.tokenizer(source)
+    except (ForeignFileError, ImportError) as error:
         logger.warning("hf_compress: the teacher's tokenizer cannot be read, and its ids are not compared: %s", error)
         return None
 

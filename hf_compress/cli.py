@@ -260,21 +260,23 @@ def cache(
     import torch
     from accelerate import PartialState
     from hf_compress_evaluation.examples import read_rows
-    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from transformers import DataCollatorWithPadding
 
+    from . import foreign
     from .fitting import encode, shown
     from .teachers.cache import CacheTeacher
     from .teachers.model import load_teacher
 
     _quiet()
     state = PartialState(cpu=not torch.accelerator.is_available())  # else it overlooks other processes without a GPU
-    model, tokenizer = load_teacher(teacher).to(state.device), AutoTokenizer.from_pretrained(teacher)
+    model, tokenizer = load_teacher(teacher).to(state.device), foreign.tokenizer(teacher)
     rows = read_rows(data)
     if text not in rows.column_names:
         from .errors import UnknownNameError
 
         raise UnknownNameError("column of texts", text, rows.column_names)
     encoded = encode(tokenizer, rows[text], None, max_length).remove_columns("labels")
+    foreign.check_ids(encoded["input_ids"], model, tokenizer)
     own = encoded.shard(state.num_processes, state.process_index)
     collate, starts = DataCollatorWithPadding(tokenizer), range(0, len(own), batch_size)
     filled = CacheTeacher(output, model, top_k=top_k)
@@ -370,6 +372,7 @@ def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def main() -> None:
     """Entry point: an error of ours is one message and exit code 1; HF_COMPRESS_DEBUG=1 shows its traceback."""
+    from . import files
     from .errors import HfCompressError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -380,7 +383,7 @@ def main() -> None:
         if os.environ.get("HF_COMPRESS_DEBUG"):
             raise
         said = " ".join([str(error), *getattr(error, "__notes__", ())])
-        print(f"error: {' '.join(said.split())}", file=sys.stderr)
+        print(f"error: {files.printable(' '.join(said.split()))}", file=sys.stderr)
         sys.exit(1)
 
 

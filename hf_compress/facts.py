@@ -215,7 +215,7 @@ def register(folder: Path, paths: Iterable[Path]) -> Record:
         for name in [path.resolve().relative_to(folder.resolve()).as_posix()]
     }
     record = load(folder)
-    kept = tuple(entry for entry in record.evidence if entry.file not in added and (folder / entry.file).exists())
+    kept = tuple(entry for entry in record.evidence if entry.file not in added and files.is_file(folder / entry.file))
     record = record.model_copy(update={"evidence": kept + tuple(added.values())})
     save(folder, record)
     return record
@@ -231,7 +231,7 @@ def check(folder: Path, prefix: str = "") -> None:
         if not entry.file.startswith(prefix):
             continue
         path = files.inside(folder, entry.file)
-        if not path.is_file():
+        if not files.is_file(path):
             raise ForeignFileError(path, "is recorded in compression.json but missing.", "Export or fetch it again.")
         if files.sha256(path) != entry.sha256:
             raise ForeignFileError(

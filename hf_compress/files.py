@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from .errors import ForeignFileError
 
@@ -148,16 +149,31 @@ def _blobs(folder: Path) -> list[Path]:
     ]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of unknown origin: bounded in size and depth, no duplicate keys, finite numbers."""
-    text = _read_text(path, MAX_TEXT_BYTES)
+def printable(text: str) -> str:
+    """A stranger's text for a terminal, without the characters that steer it or turn its direction."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """A JSON object from a file of unknown origin: bounded in size and depth, no duplicate keys, finite numbers.
+
+    Args:
+        path: of the file.
+        finite: False: also infinities, which configs of transformers hold.
+    """
+    return parse_json(path, _read_text(path, MAX_TEXT_BYTES), finite=finite)
+
+
+def parse_json(path: Path, text: str | bytes, *, finite: bool = True) -> dict[str, Any]:
+    """The JSON object that was read from a file, or from the head of one; as `read_json`."""
+    constant = _no_constant if finite else None
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise ForeignFileError(path, f"is not valid JSON ({error}).", "Restore the file.") from error
     if not isinstance(value, dict):
         raise ForeignFileError(path, f"holds a {type(value).__name__}, not an object.", "Restore the file.")
-    _check_tree(path, value)
+    _check_tree(path, value, finite)
     return value
 
 
@@ -175,6 +191,45 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ForeignFileError(path, f"holds a {type(value).__name__}, not a mapping.", "Mend the file.")
     _check_tree(path, value)
     return value
+
+
+def shards(index: Path) -> dict[str, str]:
+    """File by tensor, from the index of a sharded model."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ForeignFileError(index, "has no weight_map of names.", "Save the model again.")
+    return found
+
+
+@contextmanager
+def safetensors(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """A safetensors file of unknown origin, open; its header was checked by `check_safetensors`.
+
+    Raises:
+        ForeignFileError: if it is none, also where a tensor that it names cannot be read.
+    """
+    check_safetensors(path)
+    try:
+        with safe_open(path, framework=framework) as weights:
+            yield weights
+    except SafetensorError as error:
+        raise ForeignFileError(path, f"is no safetensors file ({error}).", "Save the model again.") from error
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file by tensor; a key that appears twice, which the library accepts, is refused.
+
+    Raises:
+        ForeignFileError: for a header that is longer than the file or 16 MiB, is no JSON, or names a tensor twice.
+    """
+    with path.open("rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+        if not 2 <= length <= min(size - 8, MAX_TEXT_BYTES):
+            problem = f"is no safetensors file: a header of {length} bytes in a file of {size}."
+            raise ForeignFileError(path, problem, "Save the model again.")
+        header = parse_json(path, file.read(length))
+    header.pop("__metadata__", None)
+    return header
 
 
 def _check_events(path: Path, text: str) -> None:
@@ -200,8 +255,16 @@ class _UniqueLoader(yaml.SafeLoader):
         return value
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; False for a name that no system takes, for which `Path.is_file` raises."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _read_text(path: Path, limit: int) -> str:
-    if not path.is_file():
+    if not is_file(path):
         raise ForeignFileError(path, "does not exist.", "Check the path.")
     size = path.stat().st_size
     if size > limit:
@@ -223,11 +286,11 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_tree(path: Path, value: Any) -> None:
+def _check_tree(path: Path, value: Any, finite: bool = True) -> None:
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         children = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
-        if any(isinstance(child, float) and not math.isfinite(child) for child in children):
+        if finite and any(isinstance(child, float) and not math.isfinite(child) for child in children):
             raise ForeignFileError(path, "holds a number that is not finite.", "Write a finite one.")
         level = [child for child in children if isinstance(child, dict | list)]
         if not level:

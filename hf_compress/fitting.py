@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from . import files
+from . import files, foreign
 from .objective import IGNORED
 from .recipe import Fitting
 
@@ -39,7 +39,8 @@ CHECKPOINT = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pt
 
 def encode(tokenizer: Any, texts: Sequence[str], labels: NDArray[np.int64] | None, max_length: int) -> datasets.Dataset:
     """Token ids without padding, and labels; unlabelled rows get -100, which the task's own loss skips."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)
+    with foreign.encoding(tokenizer):
+        encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)
     columns: dict[str, Any] = dict(encoded)
     columns["labels"] = [IGNORED] * len(texts) if labels is None else labels.tolist()
     return datasets.Dataset.from_dict(columns)

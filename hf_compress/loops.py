@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from . import files
+from . import files, foreign
 from .errors import ResumeError
 
 STATE, ABOUT = "state.pt", "loop.json"
@@ -88,5 +88,6 @@ def _load(folder: Path, key: str) -> tuple[int, State]:
         )
     if not (folder / STATE).is_file() or files.sha256(folder / STATE) != about.get("state"):
         raise ResumeError(f"{folder.name}/{STATE} is missing or damaged. Remove the folder to start afresh.")
-    state: State = torch.load(folder / STATE, weights_only=True)
-    return int(about["done"]), state
+    with foreign.refusing(folder / STATE, "to go on from", "Remove the folder to start afresh."):
+        state: State = torch.load(folder / STATE, weights_only=True)
+        return int(about["done"]), state

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import files
+from . import files, foreign
 from .errors import ConfigurationError, NumericalError, ResumeError
 
 WEIGHTS, OPTIMIZERS = "networks.safetensors", "networks-optimizers.pt"
@@ -91,11 +91,14 @@ class Networks:
         remedy = "Resume from a checkpoint of a run with this method, or start afresh."
         if not (folder / WEIGHTS).exists() or not (folder / OPTIMIZERS).exists():
             raise ResumeError(f"checkpoint {folder.name} holds no {WEIGHTS}; the networks would start anew. {remedy}")
-        states = load_file(folder / WEIGHTS)
-        optimizers: dict[str, Any] = torch.load(folder / OPTIMIZERS, weights_only=True)
+        with files.safetensors(folder / WEIGHTS) as weights:
+            states = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
+        with foreign.refusing(folder / OPTIMIZERS, "to resume from", remedy):
+            optimizers: dict[str, Any] = torch.load(folder / OPTIMIZERS, weights_only=True)
         for name, network in self.modules.items():
             own = {k.partition("/")[2]: v for k, v in states.items() if k.partition("/")[0] == name}
             if own.keys() != network.state_dict().keys() or name not in optimizers:
                 raise ResumeError(f"checkpoint {folder.name} holds other networks than {name!r}. {remedy}")
-            network.load_state_dict(own)
-            self._optimizers[name].load_state_dict(optimizers[name])
+            with foreign.refusing(folder, "to resume from", remedy):  # shapes of another network
+                network.load_state_dict(own)
+                self._optimizers[name].load_state_dict(optimizers[name])

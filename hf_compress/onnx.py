@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
 
-from . import facts, files, onnx_graph
+from . import facts, files, foreign, onnx_graph
 from .errors import ConfigurationError, ForeignFileError, ParityError
 from .onnx_folder import (
     Exported,
@@ -135,20 +135,9 @@ def export_model(
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, Any]:
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    auto = _auto_class(config)
-    try:
-        model, info = auto.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except OSError as error:
-        raise ForeignFileError(
-            folder, f"has no safetensors weights that load ({error}).", "Save the student with `save_pretrained`."
-        ) from error
+    auto = _auto_class(foreign.config(folder, local_files_only=True))
+    with foreign.loading(folder, "with safetensors weights", "Save the student with `save_pretrained`."):
+        model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True, **foreign.SAFE)
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise ForeignFileError(
             folder,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.exporters import ExportedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION
 
-from . import facts, files, onnx_graph
+from . import facts, files, foreign, onnx_graph
 from .errors import ConfigurationError
 
 Progress = Callable[[str], None]
@@ -53,7 +53,10 @@ def load_processing(folder: Path) -> Any:
     auto = transformers.AutoTokenizer if not image else transformers.AutoProcessor
     if image and not text:
         auto = transformers.AutoImageProcessor
-    return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with foreign.refusing(folder, "as a tokenizer or processor", "Save it again with `save_pretrained`."):
+        if text:
+            foreign.check_tokenizer(folder, local_files_only=True)
+        return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def check_output(output: Path) -> None:

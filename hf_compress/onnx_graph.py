@@ -24,6 +24,8 @@ PLACEHOLDER = "model.onnx.data"
 """Empty. transformers' `ExportedModel.from_pretrained` insists on a file of this name."""
 INLINE_BYTES = 1_500_000_000
 """Weights up to this size stay inside `model.onnx`; protobuf ends at 2 GiB, graph included."""
+MAX_NODES = 100_000
+"""Most nodes of a foreign graph. ONNX Runtime takes ten seconds to open twice as many, in five megabytes."""
 
 _PRIVATE = re.compile(r'stack_trace|site-packages|File "|(?<![\w./:])/[\w.+-]+/[\w.+-]|(?<!\w)[A-Za-z]:\\\w')
 _NO_TEXT = ("raw_data", "dim_param")
@@ -170,11 +172,24 @@ def check_external(path: Path) -> None:
     Raises:
         ForeignFileError: naming the graph, or the file that it points to.
     """
+    nodes = 0
     for message in _messages(_read(path)):
+        nodes += isinstance(message, onnx.NodeProto)
+        if nodes > MAX_NODES:
+            raise ForeignFileError(path, f"has more than {MAX_NODES} nodes.", "Check where it comes from.")
         if isinstance(message, onnx.TensorProto) and message.data_location == onnx.TensorProto.EXTERNAL:
             for entry in message.external_data:
-                if entry.key == "location" and not files.inside(path.parent, entry.value).is_file():
-                    raise ForeignFileError(path.parent / entry.value, "is missing.", "Export or fetch it again.")
+                if entry.key == "location":
+                    _check_data(path.parent, entry.value)
+
+
+def _check_data(folder: Path, name: str) -> None:
+    """Refuses a file of weights that lies elsewhere, also under a second name: ONNX Runtime takes a hard link."""
+    path = files.inside(folder, name)
+    if not path.is_file():
+        raise ForeignFileError(folder / name, "is missing.", "Export or fetch it again.")
+    if path.stat().st_nlink > 1:
+        raise ForeignFileError(folder / name, "is a hard link: its bytes may be another's.", "Copy the file.")
 
 
 def _messages(message: Any) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from . import facts, files, onnx_graph
+from . import facts, files, foreign, onnx_graph
 from .errors import ConfigurationError, GateError
 from .onnx_folder import Exported, Progress, check_output, kept, load_processing, measured_folder, record, tell
 from .onnx_parity import Inputs
@@ -207,7 +207,8 @@ def _gate_batches(gate: Gate, model: OnnxModel, processing_class: Any) -> Iterat
         if not isinstance(rows[0], Mapping):
             if not callable(tokenizer):
                 raise ConfigurationError("Gate: texts need a tokenizer beside the export. Give rows of input tensors.")
-            inputs = tokenizer(rows, padding=True, truncation=True, return_tensors="pt")
+            with foreign.encoding(tokenizer):
+                inputs = tokenizer(rows, padding=True, truncation=True, return_tensors="pt")
         else:
             columns = [
                 {name: row[name] for name in model.input_names if name in row}

@@ -12,11 +12,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.exporters.metadata import ExportMetadata
 from transformers.modeling_outputs import ModelOutput
 
-from . import facts, files, onnx_graph
+from . import facts, foreign, onnx_graph
 from .errors import ConfigurationError, ForeignFileError, ProviderError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -156,10 +156,7 @@ def load_onnx(folder: Path, *, provider: str = "auto", threads: int | None = Non
     folder = _variant(Path(folder))
     check_hashes(folder)
     onnx_graph.check_external(folder / onnx_graph.MODEL)
-    config = None
-    if (folder / "config.json").is_file():
-        files.read_json(folder / "config.json")  # bounded before transformers parses it
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = foreign.config(folder, local_files_only=True) if (folder / "config.json").is_file() else None
     model = OnnxModel(open_session(folder / onnx_graph.MODEL, provider=provider, threads=threads), config)
     model.name_or_path = folder.name
     return model

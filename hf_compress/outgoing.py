@@ -20,7 +20,6 @@ import yaml
 from huggingface_hub import ModelCard, get_token
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # in its __init__, not declared
-from safetensors import SafetensorError, safe_open
 
 from . import facts, files, onnx_graph
 from .errors import ForeignFileError
@@ -136,16 +135,8 @@ def _check_complete(folder: Path, names: tuple[str, ...]) -> None:
         problem = "holds no weights as safetensors or ONNX; pickled weights are not pushed."
         raise ForeignFileError(folder, problem, "Save the model again with save_pretrained.")
     for name in names:
-        if name.endswith(".index.json") and (missing := set(_shards(folder / name).values()) - set(names)):
+        if name.endswith(".index.json") and (missing := set(files.shards(folder / name).values()) - set(names)):
             raise ForeignFileError(folder / name, f"names {min(missing)}, which is missing.", "Save the model again.")
-
-
-def _shards(index: Path) -> dict[str, str]:
-    """File by tensor, from the index of a sharded model."""
-    found = files.read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ForeignFileError(index, "has no weight_map of names.", "Save the model again.")
-    return found
 
 
 def _check_weights(path: Path) -> None:
@@ -157,11 +148,8 @@ def _check_weights(path: Path) -> None:
 
 
 def _keys(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="numpy") as weights:
-            return list(weights.keys())
-    except SafetensorError as error:
-        raise ForeignFileError(path, f"is no safetensors file ({error}).", "Save the model again.") from error
+    with files.safetensors(path, "numpy") as weights:
+        return list(weights.keys())
 
 
 def _check_card(path: Path) -> None:
@@ -286,7 +274,7 @@ def strip(folder: Path) -> tuple[str, ...]:
 def _rewrite(path: Path, without: frozenset[str]) -> None:
     from safetensors.torch import save_file  # torch takes a second to import, and a push needs none of it
 
-    with safe_open(path, framework="pt") as weights:
+    with files.safetensors(path) as weights:
         kept = {key: weights.get_tensor(key) for key in weights.keys() if key not in without}  # noqa: SIM118 (no mapping)
         metadata = weights.metadata()
     with files.atomic_file(path) as part:
@@ -295,13 +283,13 @@ def _rewrite(path: Path, without: frozenset[str]) -> None:
 
 
 def _strip_index(path: Path) -> None:
-    shards = _shards(path)
+    shards = files.shards(path)
     kept = {key: name for key, name in shards.items() if not DISTILLER.search(key)}
     if kept == shards:
         return
     total = 0
     for name in set(kept.values()):
-        with safe_open(files.inside(path.parent, name), framework="pt") as weights:
+        with files.safetensors(files.inside(path.parent, name)) as weights:
             total += sum(weights.get_tensor(key).nbytes for key in weights.keys())  # noqa: SIM118 (no mapping)
     index = files.read_json(path)
     index |= {"weight_map": kept, "metadata": index.get("metadata", {}) | {"total_size": total}}

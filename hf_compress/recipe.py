@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from . import files
-from .errors import ConfigurationError, ForeignFileError, UnknownNameError
+from .errors import ConfigurationError, ForeignFileError, HfCompressError, UnknownNameError
 from .facts import Text
 
 logger = logging.getLogger(__name__)
@@ -28,17 +28,23 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
+Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+"""A path; without the zero byte, which no system takes."""
+Count = Annotated[int, Field(ge=1, le=2**20)]
+MAX_EPOCHS = 1e6
+
+
 class Data(_Part):
     """Files of rows; csv, jsonl (also .gz), parquet."""
 
-    train: str = Field(min_length=1, description="labelled rows")
-    unlabelled: str | None = Field(default=None, description="further rows without labels, for the distilled student")
-    choice: str | None = Field(default=None, description="rows for choosing learning rates and precision")
-    test: str | None = Field(default=None, description="rows for the reported numbers, and nothing else")
+    train: Place = Field(description="labelled rows")
+    unlabelled: Place | None = Field(default=None, description="further rows without labels, for the distilled student")
+    choice: Place | None = Field(default=None, description="rows for choosing learning rates and precision")
+    test: Place | None = Field(default=None, description="rows for the reported numbers, and nothing else")
     text: str = "text"
     label: str = "label"
     labels: tuple[str, ...] | None = Field(default=None, description="names of the classes, in the order of their ids")
-    max_length: int = Field(default=128, ge=1, description="tokens kept of a text")
+    max_length: Count = Field(default=128, description="tokens kept of a text")
     name: Text | None = Field(default=None, description="of the data, for the record; None: that of the train file")
     licence: Text | None = None
 
@@ -47,8 +53,8 @@ class Fitting(_Part):
     """How a model is trained; the values for encoders that are usual in the field."""
 
     learning_rate: float = Field(default=5e-5, gt=0)
-    epochs: float = Field(default=3.0, gt=0)
-    batch_size: int = Field(default=32, ge=1)
+    epochs: float = Field(default=3.0, gt=0, le=MAX_EPOCHS)
+    batch_size: Count = 32
     warmup: float = Field(default=0.1, ge=0, le=1, description="part of the steps")
     weight_decay: float = Field(default=0.01, ge=0)
 
@@ -66,7 +72,7 @@ class Baseline(_Part):
     """The same student from the same start, trained on the labels without a teacher: the better of some rates."""
 
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(2e-5, 5e-5, 1e-4), min_length=1)
-    epochs: float = Field(default=3.0, gt=0)
+    epochs: float = Field(default=3.0, gt=0, le=MAX_EPOCHS)
 
 
 class Export(_Part):
@@ -81,10 +87,10 @@ class Export(_Part):
 class Measure(_Part):
     """How latency is taken."""
 
-    threads: int = Field(default=1, ge=1)
-    batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 32)
-    length: int = Field(default=64, ge=1)
-    runs: int = Field(default=20, ge=1)
+    threads: int = Field(default=1, ge=1, le=4096)
+    batches: tuple[Count, ...] = (1, 32)
+    length: Count = 64
+    runs: Count = 20
 
 
 class Use(_Part):
@@ -110,10 +116,10 @@ class Recipe(_Part):
     """All of a compression."""
 
     task: Literal["text-classification"]
-    teacher: Annotated[str, Field(min_length=1)]
+    teacher: Place
     data: Data
     student: Student
-    output: str = Field(default="compressed", min_length=1, description="folder; the student lies in it as student/")
+    output: Place = Field(default="compressed", description="folder; the student lies in it as student/")
     teacher_training: Fitting | None = Field(default=None, description="fine-tune the teacher on the labels first")
     methods: tuple[Use, ...] = Field(default=(), description="empty: the default of the task")
     alpha: float | None = Field(default=None, ge=0, le=1)
@@ -125,7 +131,7 @@ class Recipe(_Part):
     measure: Measure = Measure()
     push: str | None = Field(default=None, description="repository, or its URL")
     private: bool | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 PartT = TypeVar("PartT", bound=BaseModel)
@@ -195,5 +201,11 @@ def objectives(recipe: Recipe) -> list[Any] | None:
                 f"`hf-compress methods --task {recipe.task}` lists those that are."
             )
         settings = {key: tuple(item) if isinstance(item, list) else item for key, item in use.settings.items()}
-        made.append(registry.objective(use.name)(weight=use.weight, **settings))
+        kind = registry.objective(use.name)
+        try:
+            made.append(kind(weight=use.weight, **settings))
+        except HfCompressError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:  # a text where a number belongs, or one out of range
+            raise ConfigurationError(f"recipe: method {use.name!r} does not take {settings}: {error}.") from error
     return made or None

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from . import files, foreign
 from .distiller import PREFIX
 from .errors import ResumeError
 from .taps import unwrap
@@ -29,7 +29,7 @@ def resumed_folder() -> Path | None:
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as tensors:
+    with files.safetensors(file) as tensors:
         keys = [key for key in tensors.keys() if file.name == SIDE_FILE or key.startswith(PREFIX)]  # noqa: SIM118
         return {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in keys}
 
@@ -55,19 +55,20 @@ def reload_renamed(student: nn.Module, folder: Path) -> bool:
         ResumeError: if the checkpoint has no weights for a part of the model.
     """
     model: Any = unwrap(student)
-    files = sorted(folder.glob("model*.safetensors"))
-    if model is not student or not files or not hasattr(model, "from_pretrained"):
+    parts = sorted(folder.glob("model*.safetensors"))
+    if model is not student or not parts or not hasattr(model, "from_pretrained"):
         return False
     written: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
+    for file in parts:
+        with files.safetensors(file) as tensors:
             written |= set(tensors.keys())
     own = {key for key in model.state_dict() if not key.startswith(PREFIX)}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if own - written <= tied:
         return False
     made: Any = type(model)
-    loaded, report = made.from_pretrained(folder, output_loading_info=True)
+    with foreign.refusing(folder, "to resume from", "Resume from another checkpoint."):
+        loaded, report = made.from_pretrained(folder, output_loading_info=True, **foreign.SAFE)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ResumeError(

@@ -25,11 +25,11 @@ from hf_compress_evaluation import folder as evaluation
 from hf_compress_evaluation.examples import Examples, classes, examples, read_rows
 from hf_compress_evaluation.quality import longest
 from hf_compress_evaluation.task import Task
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from . import facts, files, fitting, hub
+from . import facts, files, fitting, foreign, hub
 from .callback import DistillCallback
-from .errors import ConfigurationError, ForeignFileError, GateError, MismatchError
+from .errors import ConfigurationError, GateError, MismatchError
 from .facts import Measurement, Record
 from .onnx import Gate, export_onnx, quantize_onnx
 from .recipe import Recipe, objectives
@@ -212,10 +212,8 @@ class _Work:
 
     @cached_property
     def _teacher_config(self) -> Any:
-        try:
-            return transformers.AutoConfig.from_pretrained(self.recipe.teacher, trust_remote_code=False)
-        except (OSError, ValueError) as error:  # what transformers raises for a folder, a name, a file or a connection
-            raise _unloadable(self.recipe.teacher, error) from error
+        with foreign.refusing(self.recipe.teacher, *_AS_TEACHER):
+            return foreign.config(self.recipe.teacher)
 
     @cached_property
     def _teacher_digest(self) -> dict[str, str]:
@@ -289,13 +287,13 @@ class _Work:
             id2label={index: name for name, index in self.labels.items()},
             label2id=self.labels,
         )
-        tokenizer = AutoTokenizer.from_pretrained(recipe.teacher, trust_remote_code=False)
+        tokenizer = foreign.tokenizer(recipe.teacher)
         rows = self.encoded("train", body, tokenizer)
         target = self.output / "teacher"
         fitting.fit(body, tokenizer, rows, recipe.teacher_training, target, seed=recipe.seed, progress=self.progress)
 
     def _load_teacher(self) -> PreTrainedModel:
-        teacher, report = _loaded(self.teacher, output_loading_info=True)
+        teacher, report = _loaded(self.teacher, report=True)
         if report["missing_keys"]:
             raise MismatchError(
                 f"the teacher has no weights for {sorted(report['missing_keys'])[:3]}. Give a fine-tuned classifier, "
@@ -308,7 +306,7 @@ class _Work:
         """Teacher, student at its start, tokenizer."""
         teacher = self._load_teacher()
         student = shrink(teacher, layers=_layers(self.recipe.student.layers), keep=self.recipe.student.keep)
-        return teacher, student, AutoTokenizer.from_pretrained(self.teacher, trust_remote_code=False)
+        return teacher, student, foreign.tokenizer(self.teacher)
 
     def _alone(self) -> None:
         """Trains the baseline at each learning rate, keeps the best on data.choice, and notes how each did."""
@@ -458,11 +456,16 @@ def repository_of(target: str) -> tuple[str, str | None]:
     Raises:
         ConfigurationError: for a URL without a repository in it, or with a user or a password.
     """
-    parts = urlsplit(target)
     if "@" in target:
         raise ConfigurationError(  # without the address: it may hold a password
             "the address of the repository holds a user or a password. Give it without; a token goes into HF_TOKEN."
         )
+    try:
+        parts = urlsplit(target)
+    except ValueError as error:  # half of a bracketed address
+        raise ConfigurationError(
+            f"{target} is no URL ({error}): expected OWNER/NAME or https://HUB/OWNER/NAME."
+        ) from error
     if not parts.scheme:
         return target, None
     name = parts.path.strip("/")
@@ -480,19 +483,15 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
 
 
-def _loaded(source: str, **settings: Any) -> Any:
-    """A classifier from safetensors without remote code, and what `settings` ask for beside it."""
-    try:
+_AS_TEACHER = ("as the teacher", "Give a model folder or a hub id.")
+
+
+def _loaded(source: str, *, report: bool = False, **settings: Any) -> Any:
+    """A classifier with `settings` in its config, from safetensors without remote code; and what was found missing."""
+    with foreign.loading(source, *_AS_TEACHER):
         return AutoModelForSequenceClassification.from_pretrained(
-            source, trust_remote_code=False, use_safetensors=True, **settings
+            source, config=foreign.config(source, **settings), output_loading_info=report, **foreign.SAFE
         )
-    except (OSError, ValueError) as error:
-        raise _unloadable(source, error) from error
-
-
-def _unloadable(teacher: str, error: Exception) -> ForeignFileError:
-    said = " ".join(str(error).split()).rstrip(".")
-    return ForeignFileError(teacher, f"cannot be loaded as the teacher ({said}).", "Give a model folder or a hub id.")
 
 
 def _depending(name: str) -> set[str]:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from . import facts, registry
+from . import facts, foreign, registry
 from .callback import DistillCallback
 from .data import Augmented
 from .errors import ConfigurationError, UnknownNameError
@@ -154,7 +154,7 @@ def _run(
     """The student after one stage; a finished one is loaded. What was learned beside it before goes on."""
     if target.is_dir():
         logger.info("  %s: is there", target.name)
-        found: PreTrainedModel = type(student).from_pretrained(target)
+        found: PreTrainedModel = type(student).from_pretrained(target, **foreign.SAFE)
         return found
     freeze(student, stage.trainable)
     set_seed(around.seed)

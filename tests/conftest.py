@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from counting import fault, tally
+from hostile import limited_child
 
-__all__ = ["fault"]
+__all__ = ["fault", "limited_child"]
 
 _REPORTS: list[Any] = []
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from hf_compress import facts
+from hf_compress import facts, foreign
 from hf_compress.errors import ForeignFileError, MismatchError
 
 from . import latency, quality
@@ -109,15 +109,17 @@ def evaluate_folder(
 
 
 def _torch(subject: str, source: str | Path, device: str) -> _Candidate:
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        source, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-    )
+    with foreign.loading(source, f"as {subject}", "Evaluate a trained classifier."):
+        config = foreign.config(source)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, output_loading_info=True, **foreign.SAFE
+        )
     if loading["missing_keys"]:
         raise MismatchError(
             f"{subject}: the weights lack {', '.join(sorted(loading['missing_keys'])[:3])}, which would be random. "
             "Evaluate a trained classifier."
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = foreign.tokenizer(source)
     folder = Path(source) if Path(source).is_dir() else None
     model = model.eval().to(device)
     return _Candidate(
@@ -147,7 +149,7 @@ def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, 
             model = load_onnx(folder / variant, provider=device, threads=threads)
             if model.config is None:
                 raise ForeignFileError(folder / variant, "holds no config.json.", "Export the student again.")
-            tokenizer = AutoTokenizer.from_pretrained(folder / variant, trust_remote_code=False)
+            tokenizer = foreign.tokenizer(folder / variant)
             found.append(
                 _Candidate(
                     subject=subject,

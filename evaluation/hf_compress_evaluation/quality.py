@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from hf_compress import foreign
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError, NumericalError, UnknownNameError
 from hf_compress.facts import FILE, Data, Measurement, Setting
 
@@ -100,7 +101,9 @@ def predict(
         if not isinstance(text, str):
             raise ConfigurationError(f"predict: row {row} is {text!r}, not a text. Fill it in or drop the row.")
     taken = longest(model, tokenizer)
-    encoded = tokenizer(list(texts), truncation=True, max_length=min(max_length or taken, taken))
+    with foreign.encoding(tokenizer):
+        encoded = tokenizer(list(texts), truncation=True, max_length=min(max_length or taken, taken))
+    foreign.check_ids(encoded["input_ids"], model, tokenizer)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # longest first: memory peaks at once
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from hf_compress import files
 from hf_compress.facts import Measurement, Record, Setting
 
 SUBJECTS = ("teacher", "alone", "student-labelled", "student")
@@ -75,7 +77,7 @@ def table(record: Record, *, width: int = 150) -> Table:
         collapse_padding=True,
         pad_edge=False,
         show_edge=False,
-        caption="\n".join(below),
+        caption="\n".join(map(plain, below)),
         caption_justify="left",
     )
     for name in ("model", "variant"):
@@ -95,14 +97,19 @@ def table(record: Record, *, width: int = 150) -> Table:
             "prob. loyalty": row.probability_loyalty,
         }
         shown.add_row(
-            row.subject,
-            row.variant,
+            plain(row.subject),
+            plain(row.variant),
             *(_fraction(values[name]) for name in scores),
             MISSING if row.parameters is None else f"{row.parameters.value / 1e6:,.2f} M",
             MISSING if row.bytes is None else f"{row.bytes.value / 1e6:,.1f} MB",
             *(_milliseconds(*row.latency[batch][: 1 if narrow else 2]) for batch in BATCHES),
         )
     return shown
+
+
+def plain(text: str) -> str:
+    """A text of a stranger's record as it stands, for a terminal: rich reads no markup in it."""
+    return escape(files.printable(text))
 
 
 def as_json(record: Record) -> str:

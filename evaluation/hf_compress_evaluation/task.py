@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hf_compress import files
 from hf_compress.errors import ForeignFileError, UnknownNameError
+from hf_compress.facts import Text
+from hf_compress.recipe import Count, Place
 
 from . import examples, quality
 
@@ -25,16 +27,16 @@ class Task(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: Literal["text-classification"]
-    data: str = Field(min_length=1, description="file, relative to the task file")
+    data: Place = Field(description="file, relative to the task file")
     text: str = "text"
     label: str | None = "label"
     split: str | None = Field(default=None, description="slice in the notation of datasets, e.g. train[:500]")
     rows: int | None = Field(default=None, ge=1, description="the first so many; None: all")
     metrics: tuple[str, ...] = quality.QUALITY
-    max_length: int | None = Field(default=None, ge=1, description="tokens kept; None: what the model takes")
-    batch_size: int = Field(default=32, ge=1)
-    name: str | None = Field(default=None, description="of the data, for the record; None: the file's name")
-    licence: str | None = None
+    max_length: Count | None = Field(default=None, description="tokens kept; None: what the model takes")
+    batch_size: Count = 32
+    name: Text | None = Field(default=None, description="of the data, for the record; None: the file's name")
+    licence: Text | None = None
 
     @field_validator("metrics")
     @classmethod

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from hf_compress import facts, files
+from hf_compress import facts, files, foreign
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.heads import Logits
 from hf_compress.objective import IGNORED, Inputs, Sizes, batch_size, tokens
@@ -46,6 +46,10 @@ SHARD, EXAMPLES = 64 << 20, 50_000
 AHEAD = 2
 """Batches that are read before they are wanted."""
 DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""Their names in a shard."""
+MAX_WIDTH = 2**24
+"""Tokens or classes that a folder may claim: a dry forward makes zeros of that width."""
 Stage = dict[str, list[Tensor]]
 
 
@@ -61,13 +65,13 @@ class _Header(_Part):
     taps: tuple[str, ...]
     kind: Literal["rows", "labels", "tokens", "causal", "none"]
     seq2seq: bool
-    vocab: int = Field(ge=0)
-    embedded: int | None = Field(description="token ids that the teacher reads")
-    layers: int = Field(ge=0)
+    vocab: int = Field(ge=0, le=MAX_WIDTH)
+    embedded: int | None = Field(ge=0, le=MAX_WIDTH, description="token ids that the teacher reads")
+    layers: int = Field(ge=0, le=MAX_WIDTH)
     names: dict[int, str] | None = Field(description="of the classes")
     reads: tuple[str, ...] | None = Field(description="columns of its forward")
     about: facts.Model
-    top_k: int | None = Field(ge=1)
+    top_k: int | None = Field(ge=1, le=MAX_WIDTH)
     key: str | None
     dtype: Literal["float16", "bfloat16", "float32"]
 
@@ -290,6 +294,8 @@ class CacheTeacher:
         """Of the model, or zeros in the shapes that it would give: for a dry forward; `apart` gives what is stored."""
         if self._live is not None:
             return self._live(inputs)
+        if not self._places:
+            raise MismatchError(f"{self.folder} holds no example. Fill it: hf-compress cache, or CacheTeacher.fill.")
         rows, time = batch_size(inputs), tokens(inputs).shape[1]
         found = {}
         for name, values in self._read(next(iter(self._places))).items():
@@ -380,7 +386,7 @@ class CacheTeacher:
 
     def _places_of(self, name: str, inputs: Inputs) -> Tensor | None:
         """(batch, time) bool: of which places a tap is stored; None for taps without a time axis."""
-        if self.sizes.kind not in ("causal", "tokens") and name == "logits":
+        if not self._is_timed() and name == "logits":
             return None
         return self._decoded(inputs) if name == "logits" else tokens(inputs)
 
@@ -523,18 +529,42 @@ class CacheTeacher:
         place = self._places[key]
         shard = self._open.get(place.shard) or self._opened(place.shard)
         span, single = slice(place.start, place.stop), slice(place.number, place.number + 1)
-        return {name: shard.get_slice(name)[single if name in self._single else span] for name in list(shard.keys())}
+        found = {name: shard.get_slice(name)[single if name in self._single else span] for name in list(shard.keys())}
+        if any(
+            len(values) != (1 if name in self._single else place.stop - place.start) for name, values in found.items()
+        ):
+            raise self._torn(self.folder / f"{place.shard}.safetensors")  # a slice beyond the end is short, no error
+        return found
 
     def _opened(self, name: str) -> Any:
         """A shard, compared with its checksum."""
         path = self.folder / f"{name}.safetensors"
         if files.sha256(path) != self._sums[name]:
             raise self._torn(path)
-        shard: Any = safe_open(path, framework="pt")
-        if {tensor.removesuffix(".ids") for tensor in shard.keys()} != set(self._known.taps):  # noqa: SIM118
+        if not self._fits(files.check_safetensors(path)):
             raise self._torn(path)
-        self._open[name] = shard
-        return shard
+        with foreign.refusing(path, "as a shard", "Remove it and its manifest; the examples are made anew."):
+            self._open[name] = safe_open(path, framework="pt")
+        return self._open[name]
+
+    def _fits(self, shard: Mapping[str, Any]) -> bool:
+        """Whether a shard's tensors, from its header, have the names, types and width that the folder was made with."""
+        about = self._known
+        if {name.removesuffix(".ids") for name in shard} != set(about.taps):
+            return False
+        ids = {"logits.ids"} if about.top_k is not None and "logits" in about.taps and self._is_timed() else set()
+        if {name for name in shard if name.endswith(".ids")} != ids:
+            return False
+        width = min(about.top_k, about.vocab) if ids and about.top_k is not None else about.vocab
+        return all(
+            each["dtype"] == ("I32" if name in ids else STORED[about.dtype])
+            and (not name.startswith("logits") or each["shape"][-1:] == [width])
+            for name, each in shard.items()
+        )
+
+    def _is_timed(self) -> bool:
+        """Whether logits are one for a position."""
+        return self.sizes.kind in ("causal", "tokens")
 
     def _padded(self, name: str, inputs: Inputs, found: Sequence[Tensor]) -> Tensor:
         """A stored tap in the shape of the batch, 0 in padding."""
@@ -551,12 +581,17 @@ class CacheTeacher:
         where = self._places_of("logits", inputs)
         values = torch.cat([one["logits"] for one in found]).to(self._device)
         if where is None:
+            if len(values) != len(found):
+                raise MismatchError(f"{self.folder} holds {len(values)} rows for {len(found)} examples: fill it anew.")
             return Stored(values.float(), torch.arange(len(values), device=values.device))
         self._check(len(values), where)
         place = (where.flatten().cumsum(0) - 1).clamp(min=0)
         if "logits.ids" not in found[0]:
             return Stored(values.float(), place)
-        ids = torch.cat([one["logits.ids"] for one in found]).to(self._device)
+        ids = torch.cat([one["logits.ids"] for one in found])
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.sizes.vocab:
+            raise MismatchError(f"{self.folder} holds token {int(ids.max())} of {self.sizes.vocab}: fill it anew.")
+        ids = ids.to(self._device)
         return Sparse(ids, values.float(), place)
 
     def _check(self, stored: int, where: Tensor) -> None:

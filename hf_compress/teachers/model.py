@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hf_compress import facts
+from hf_compress import facts, foreign
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.heads import Dense, Head, Lazy, Logits, UnprovenError, prove
 from hf_compress.objective import Inputs, Kind, sizes
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 NEVER = frozenset({"labels", "num_items_in_batch", "start_positions", "end_positions", "fused_lm_head"})
 """Inputs that would make the teacher compute a loss of its own."""
-_REACHING = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies"})
+_REACHING = frozenset({"revision", "token", "cache_dir", "subfolder"})
 """Settings of a teacher that say where it lies, which its config needs too."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
@@ -193,23 +192,17 @@ def load_teacher(
             f"teacher_kwargs: {forbidden} cannot be set; a teacher is loaded from safetensors and runs no code of its "
             "own. For anything else load the model yourself and pass it."
         )
-    safe: dict[str, Any] = {"trust_remote_code": False}
-    reaching = {name: value for name, value in settings.items() if name in _REACHING}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **safe, **reaching)
+    where = {name: value for name, value in settings.items() if name in _REACHING}
+    with foreign.loading(source, "as a teacher", "Give a folder or hub id with config and safetensors.", where):
+        config = foreign.config(source, where=where)
         named = (config.architectures or [type(unwrap(student)).__name__ if student is not None else "none"])[0]
-        architecture = getattr(transformers, named, None)
-        if architecture is None:
-            raise ConfigurationError(f"the teacher's architecture {named!r} is not in transformers; pass the model.")
-        model, report = architecture.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **safe, **settings
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ForeignFileError(
-            source, f"cannot be loaded as a teacher: {error}", "Give a folder or hub id with config and safetensors."
-        ) from error
+        architecture: Any = getattr(transformers, str(named), None)
+        if not inspect.isclass(architecture) or not issubclass(architecture, transformers.PreTrainedModel):
+            raise ConfigurationError(
+                f"{source}: the teacher's architecture {named!r} is no model of transformers; pass the model."
+            )
+        kind: Any = architecture
+        model, report = kind.from_pretrained(source, output_loading_info=True, **foreign.SAFE, **settings)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ForeignFileError(

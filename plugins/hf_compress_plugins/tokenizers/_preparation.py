@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from hf_compress import chat
 from hf_compress.errors import MismatchError
 from hf_compress.objective import IGNORED
 from hf_compress_plugins.tokenizers._alignment import Roles, align, byte_forms, roles_of
@@ -93,7 +94,7 @@ class _Side:
         written, ids = text, None
         if not isinstance(text, str):
             written, prompt = (
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+                chat.render(self.tokenizer, messages, add_generation_prompt=opened)
                 for messages, opened in ((text, False), (text[:-1], True))
             )
             ids = self._plain(written)  # the template has written the beginning itself
