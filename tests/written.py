@@ -160,7 +160,8 @@ def quantized(folder: Path) -> None:
 
 def quantized_again(folder: Path) -> None:
     labels = torch.zeros(4, dtype=torch.long).numpy()
-    quantize_onnx(folder / "student", gate=Gate(features=TEXTS, labels=labels, max_drop=1, min_agreement=0))
+    rows = [{name: values[row].tolist() for name, values in TEXTS.items()} for row in range(4)]
+    quantize_onnx(folder / "student", gate=Gate(features=rows, labels=labels, max_drop=1, min_agreement=0))
 
 
 def float_logits(folder: Path) -> Any:
