@@ -316,7 +316,7 @@ class _Remote:
         if private and not held.private:
             raise HubError(
                 f"{self.repo_id} is public, and its student was to be private, as asked for or because the teacher is "
-                "private or gated. Choose another repository, or say private=False (--no-private). Nothing was sent."
+                "private or gated. Choose another repository, or say private=False, --no-private. Nothing was sent."
             )
 
     def open(self, private: bool | None, create: bool) -> tuple[str, set[str]]:
