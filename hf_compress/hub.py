@@ -144,7 +144,7 @@ def private_for(teachers: Iterable[str], private: bool | None) -> bool | None:
     """
     for teacher in teachers if private is None else ():
         remote = _Remote.of(teacher, token=None, endpoint=None)
-        remedy = "Say private=True or private=False for its student. Nothing was sent."
+        remedy = "Say for its student: private=True or False, --private or --no-private. Nothing was sent."
         with remote.asking(f"whether the teacher {teacher} is private or gated", remedy):
             info = remote.api.model_info(teacher)
         if info.private or info.gated:
@@ -316,7 +316,7 @@ class _Remote:
         if private and not held.private:
             raise HubError(
                 f"{self.repo_id} is public, and its student was to be private, as asked for or because the teacher is "
-                "private or gated. Choose another repository, or say private=False. Nothing was sent."
+                "private or gated. Choose another repository, or say private=False, --no-private. Nothing was sent."
             )
 
     def open(self, private: bool | None, create: bool) -> tuple[str, set[str]]:

@@ -15,7 +15,7 @@ from hf_compress import facts, files
 from hf_compress.facts import Record, Setting
 
 from . import figures, plot, usage
-from .metadata import metadata
+from .metadata import metadata, to_yaml
 from .text import Safe, escape, fence, table
 
 FILE = "README.md"
@@ -73,7 +73,7 @@ def _context(record: Record, config: dict[str, Any], model: str) -> dict[str, An
     name = model.rsplit("/", 1)[-1]
     optimum = usage.optimum_code(model, tag, variants[0]) if variants else None
     return {
-        "metadata": Safe(metadata(record, name=name, tag=tag, licence=config.get("license")).to_yaml()),
+        "metadata": Safe(to_yaml(metadata(record, name=name, tag=tag, licence=config.get("license")))),
         "name": name,
         "model": model,
         "architecture": architecture,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_compress.facts import Measurement, Model, Record
@@ -13,6 +14,24 @@ from .text import plain
 
 METRICS = {"accuracy": ("accuracy", "Accuracy"), "f1_macro": ("f1", "F1 (macro)")}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that begins as a number: PyYAML takes 1e3 and 0o17 for texts, the hub's reader for numbers."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = "'" if re.match(r"[-+]?[.\d]", value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(data: ModelCardData) -> str:
+    """The front matter without its marks, one line for each text."""
+    values: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]  # huggingface_hub
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
 
 
 def hub_id(name: str | None) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 LONGEST = 500
 """Characters of one foreign text in the body of a card."""
 _DIRECTION = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\`*_[]|~$"})
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: "\\" + c for c in "\\`*_[]|~$#"})
 
 
 class Safe(str):
@@ -35,8 +35,11 @@ def escape(value: object) -> str:
     """Any value as literal text inside a line or a table cell of Markdown: no markup, no HTML, no link."""
     if isinstance(value, Safe):
         return value
+    text = re.sub(
+        r"^(\d{0,9})([-+.)])(?=\s|$)", r"\1\\\2", plain(value).translate(_ENTITIES)
+    )  # no list at a line's start
     # a bare address would be made a link, so its colon is written as an entity
-    return re.sub(r"(?i)\b(https?|ftp|www)([:.])", _no_link, plain(value).translate(_ENTITIES))
+    return re.sub(r"(?i)\b(https?|ftp|www)([:.])", _no_link, text)
 
 
 def _no_link(found: re.Match[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from canary import canary_token
 from hub.server import Fault, Hub, other_host, running_hub
 from huggingface_hub import constants
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 
 __all__ = ["canary_token"]
 
@@ -23,6 +23,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Hub]]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    disable_progress_bars()
     with running_hub() as hub:
 
         def plan(*faults: Fault) -> Hub:
@@ -30,6 +31,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Hub]]:
             return hub
 
         yield plan
+    enable_progress_bars()
 
 
 @pytest.fixture

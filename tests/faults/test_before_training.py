@@ -120,7 +120,7 @@ def nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         (reader, {"push": "team/small"}, HubError, "me may only read in team"),
         (held("me/small"), {"private": True}, HubError, "me/small is public"),
         (both(held("me/small"), held("me/big", private=True)), {"teacher": "me/big"}, HubError, "me/small is public"),
-        (nothing, {"teacher": "me/big"}, HubError, "whether the teacher me/big .*private=True or private=False"),
+        (nothing, {"teacher": "me/big"}, HubError, "whether the teacher me/big .*--private or --no-private"),
         (nothing, {"push": f"https://me:{SECRET}@hub.example/me/small"}, ConfigurationError, "user or a password"),
         (nothing, {"push": f"me:{SECRET}@hub.example/me/small"}, ConfigurationError, "user or a password"),
         (nothing, {"push": f"https://hub.example/small?token={SECRET}"}, ConfigurationError, "names no repository"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ def whole(hub: Hub, ref: str, *models: Path) -> Path | None:
 class Pushing:
     """Pushes of a new model over an old one, and what holds after each, whatever the hub did."""
 
-    def __init__(self, hub: Hub, old: Path, new: Path) -> None:
-        self.hub, self.old, self.new = hub, old, new
+    def __init__(self, hub: Hub, old: Path, new: Path, fault: Count) -> None:
+        self.hub, self.old, self.new, self.fault = hub, old, new, fault
         self.asked = 0
         self.begin("old")
 
@@ -94,8 +95,8 @@ class Pushing:
         there = ("models", "me/student") in self.hub.repos
         return len(self.hub.history("me/student")) - self.start if there else 0
 
-    def under(self, *faults: Fault) -> Pushed | HubError:
-        """One push that meets the faults: what it says is true, and nothing is half done."""
+    def under(self, *faults: Fault, note: str = "") -> Pushed | HubError:
+        """One push that meets the faults: what it says is true, and nothing is half done. A `note` counts a fault."""
         self.hub.plan, self.hub.fired, self.hub.dead = list(faults), [], False
         before, asked = sent(self.new), len(self.hub.log)
         try:
@@ -103,6 +104,9 @@ class Pushing:
         except HubError as error:
             result = error
         self.asked = len(self.hub.log) - asked
+        if note:
+            assert self.hub.fired, "the fault met no request"
+            self.fault("hub faults", note=note)
         held = whole(self.hub, "main", self.old, self.new)
         assert self.commits() == (held == self.new)
         assert sent(self.new) == before
@@ -128,8 +132,8 @@ class Pushing:
 
 
 @pytest.fixture
-def pushing(fake_hub: Callable[..., Hub], waits: list[float], old: Path, new: Path) -> Pushing:
-    return Pushing(fake_hub(), old, new)
+def pushing(fake_hub: Callable[..., Hub], waits: list[float], old: Path, new: Path, fault: Count) -> Pushing:
+    return Pushing(fake_hub(), old, new, fault)
 
 
 PAGE = b"<html><body>502 Bad Gateway</body></html>"
@@ -156,11 +160,9 @@ OF_THE_COMMIT = {"validate", "commit"}
 @pytest.mark.parametrize("name", [*BEFORE, *AFTER])
 @pytest.mark.parametrize("kind", OF_A_PUSH)
 def test_a_fault_leaves_one_whole_model_and_the_next_push_completes(
-    pushing: Pushing, fault: Count, waits: list[float], kind: str, name: str
+    pushing: Pushing, waits: list[float], kind: str, name: str
 ) -> None:
-    result = pushing.under(Fault(KINDS[kind], **(BEFORE | AFTER)[name]))
-    assert pushing.hub.fired, "the fault met no request"
-    fault("hub faults", note=f"{name}, {kind}")
+    result = pushing.under(Fault(KINDS[kind], **(BEFORE | AFTER)[name]), note=f"{name}, {kind}")
     passes = name == "slow drip" or (kind in RETRIED and name in ("429 with a wait", "503", "drop before"))
     passes |= kind in OF_THE_COMMIT and name in ("page with 502", "page with 200")
     if passes or (name in AFTER and kind == "commit"):
@@ -179,10 +181,8 @@ def test_a_push_asks_for_nothing_that_the_matrix_leaves_out(pushing: Pushing) ->
 
 @pytest.mark.parametrize("name", ["429 with a wait", "503", "drop before", "page with 502"])
 @pytest.mark.parametrize("kind", OF_A_PUSH)
-def test_a_hub_that_stays_broken_ends_in_one_error(pushing: Pushing, fault: Count, kind: str, name: str) -> None:
-    result = pushing.under(Fault(KINDS[kind], times=50, **BEFORE[name]))
-    assert pushing.hub.fired, "the fault met no request"
-    fault("hub faults", note=f"{name} for good, {kind}")
+def test_a_hub_that_stays_broken_ends_in_one_error(pushing: Pushing, kind: str, name: str) -> None:
+    result = pushing.under(Fault(KINDS[kind], times=50, **BEFORE[name]), note=f"{name} for good, {kind}")
     assert isinstance(result, HubError)
     assert len(pushing.hub.fired) <= 25
     pushing.again()
@@ -190,9 +190,7 @@ def test_a_hub_that_stays_broken_ends_in_one_error(pushing: Pushing, fault: Coun
 
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("holds", ["old", "nothing"])
-def test_a_hub_that_dies_at_any_request_holds_one_whole_model(
-    pushing: Pushing, fault: Count, holds: str, applied: bool
-) -> None:
+def test_a_hub_that_dies_at_any_request_holds_one_whole_model(pushing: Pushing, holds: str, applied: bool) -> None:
     """At the first request, the second, … until a push gets through; in an order that a seed draws."""
     pushing.begin(holds)
     assert isinstance(pushing.under(), Pushed)
@@ -200,12 +198,12 @@ def test_a_hub_that_dies_at_any_request_holds_one_whole_model(
     assert requests >= len(OF_A_PUSH)
     for skip in random.Random(f"{holds}, {applied}").sample(range(requests + 1), requests + 1):
         pushing.begin(holds)
-        result = pushing.under(Fault("", skip=skip, dies=True, applied=applied))
-        assert bool(pushing.hub.fired) == (skip < requests)
+        note = ("death after an answer was made" if applied else "death") if skip < requests else ""
+        result = pushing.under(Fault("", skip=skip, dies=True, applied=applied), note=note)
         if skip == requests:
             assert isinstance(result, Pushed)
+            assert not pushing.hub.fired
             continue
-        fault("hub faults", note="death after an answer was made" if applied else "death")
         assert isinstance(result, HubError), skip
         pushing.again()
 
@@ -237,22 +235,18 @@ def test_another_commit_in_between_is_kept_and_stops_the_push(pushing: Pushing, 
 @pytest.mark.parametrize("status", [302, 307])
 @pytest.mark.parametrize("kind", OF_A_PUSH)
 def test_a_redirect_to_another_host_takes_no_token_there(
-    pushing: Pushing, elsewhere: Hub, fault: Count, kind: str, status: int
+    pushing: Pushing, elsewhere: Hub, kind: str, status: int
 ) -> None:
-    pushing.under(Fault(KINDS[kind], status=status, redirect=elsewhere.url))
-    assert pushing.hub.fired, "the fault met no request"
-    fault("hub faults", note=f"redirect, {kind}")
+    pushing.under(Fault(KINDS[kind], status=status, redirect=elsewhere.url), note=f"redirect, {kind}")
     assert elsewhere.log or (kind, status) == ("upload", 307)  # a file that was read once is not sent on
     assert not elsewhere.received(Hub.token)
     assert not any("authorization" in request.headers.lower() for request in elsewhere.log)
     pushing.again()
 
 
-def test_a_redirect_within_the_hub_is_followed(pushing: Pushing, fault: Count) -> None:
+def test_a_redirect_within_the_hub_is_followed(pushing: Pushing) -> None:
     """As that of a repository that was given another name."""
-    result = pushing.under(Fault(KINDS["commit"], status=307, redirect=pushing.hub.url))
-    assert pushing.hub.fired, "the fault met no request"
-    fault("hub faults", note="redirect within the hub")
+    result = pushing.under(Fault(KINDS["commit"], status=307, redirect=pushing.hub.url), note="redirect within the hub")
     assert isinstance(result, Pushed)
 
 
@@ -268,13 +262,14 @@ def test_files_that_are_stored_on_another_host_take_no_token_there(pushing: Push
 @pytest.mark.parametrize("kind", OF_A_PUSH)
 @pytest.mark.parametrize("applied", [False, True])
 def test_a_hub_that_falls_silent_is_given_up(
-    pushing: Pushing, fault: Count, monkeypatch: pytest.MonkeyPatch, kind: str, applied: bool
+    pushing: Pushing, monkeypatch: pytest.MonkeyPatch, kind: str, applied: bool
 ) -> None:
-    monkeypatch.setattr(ours, "SILENCE", 0.05)
-    result = pushing.under(Fault(KINDS[kind], status=None, seconds=0.4, applied=applied))
-    assert pushing.hub.fired, "the fault met no request"
-    fault("hub faults", note=f"silence, {kind}")
+    monkeypatch.setattr(ours, "SILENCE", 0.5)
+    started = time.monotonic()
+    result = pushing.under(Fault(KINDS[kind], status=None, seconds=5.0, applied=applied), note=f"silence, {kind}")
+    assert time.monotonic() - started < 4.0
     assert isinstance(result, Pushed) == (kind in RETRIED), result
+    monkeypatch.setattr(ours, "SILENCE", 60.0)
     pushing.again()
 
 
@@ -295,12 +290,10 @@ def test_the_limit_of_silence_is_taken_off_the_shared_client_again(pushing: Push
     ],
 )
 def test_a_commit_waits_as_long_as_the_hub_asks(
-    pushing: Pushing, fault: Count, waits: list[float], headers: dict[str, str], waited: float
+    pushing: Pushing, waits: list[float], headers: dict[str, str], waited: float
 ) -> None:
     waits.clear()
-    result = pushing.under(Fault(KINDS["commit"], status=429, headers=headers))
-    assert pushing.hub.fired, "the fault met no request"
-    fault("hub faults", note="429 with a wait")
+    result = pushing.under(Fault(KINDS["commit"], status=429, headers=headers), note="429 with a wait")
     assert isinstance(result, Pushed)
     assert waits == [waited]
 
