@@ -1,7 +1,7 @@
 """Conversations in a tokenizer's chat template, which is a program that came with the tokenizer.
 
-transformers runs it in a sandbox that keeps it from files and from Python, not from nested loops or `10 ** 10 ** 9`. So
-another process runs it, one for each tokenizer, with a limit on time and memory.
+transformers runs it in a sandbox that keeps it from files and from Python, but not from loops in loops. So another
+process runs it, one for each tokenizer, with a limit on time and memory.
 """
 
 from __future__ import annotations

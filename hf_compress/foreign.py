@@ -85,10 +85,8 @@ def check_ids(rows: Iterable[Sequence[int]], model: Any, tokenizer: Any) -> None
         MismatchError: naming the row.
     """
     config = getattr(model, "config", None)
-    known = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
-    if not known:
-        return
-    for row, ids in enumerate(rows):
+    known: int = getattr(config.get_text_config(), "vocab_size", None) or 0 if config is not None else 0
+    for row, ids in enumerate(rows if known else ()):
         if ids and not 0 <= max(ids) < known:
             name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
             raise MismatchError(

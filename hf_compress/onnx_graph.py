@@ -183,8 +183,10 @@ def check_external(path: Path) -> None:
                     _check_data(path.parent, entry.value)
 
 
-def _check_data(folder: Path, name: str) -> None:
+def _check_data(folder: Path, name: str | bytes) -> None:
     """Refuses a file of weights that lies elsewhere, also under a second name: ONNX Runtime takes a hard link."""
+    if isinstance(name, bytes):  # protobuf leaves a text as it is that is no UTF-8
+        raise ForeignFileError(folder, f"names a file of weights as {name!r}.", "Export or fetch it again.")
     path = files.inside(folder, name)
     if not path.is_file():
         raise ForeignFileError(folder / name, "is missing.", "Export or fetch it again.")

@@ -530,9 +530,8 @@ class CacheTeacher:
         shard = self._open.get(place.shard) or self._opened(place.shard)
         span, single = slice(place.start, place.stop), slice(place.number, place.number + 1)
         found = {name: shard.get_slice(name)[single if name in self._single else span] for name in list(shard.keys())}
-        if any(
-            len(values) != (1 if name in self._single else place.stop - place.start) for name, values in found.items()
-        ):
+        rows = place.stop - place.start
+        if any(len(values) != (1 if name in self._single else rows) for name, values in found.items()):
             raise self._torn(self.folder / f"{place.shard}.safetensors")  # a slice beyond the end is short, no error
         return found
 

@@ -168,6 +168,10 @@ def hub_name(name: str | None) -> str | None:
     return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
+def _is_model(architecture: object) -> bool:
+    return inspect.isclass(architecture) and issubclass(architecture, transformers.PreTrainedModel)
+
+
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
@@ -197,7 +201,7 @@ def load_teacher(
         config = foreign.config(source, where=where)
         named = (config.architectures or [type(unwrap(student)).__name__ if student is not None else "none"])[0]
         architecture: Any = getattr(transformers, str(named), None)
-        if not inspect.isclass(architecture) or not issubclass(architecture, transformers.PreTrainedModel):
+        if not _is_model(architecture):
             raise ConfigurationError(
                 f"{source}: the teacher's architecture {named!r} is no model of transformers; pass the model."
             )
