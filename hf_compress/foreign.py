@@ -104,14 +104,16 @@ def _said(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".")[:1000] or type(error).__name__
 
 
-def config(source: str | Path, *, local_files_only: bool = False, **changes: Any) -> transformers.PreTrainedConfig:
-    """The config of a folder or hub id, with `changes`.
+def config(
+    source: str | Path, *, use: str = "as a model", local_files_only: bool = False, **changes: Any
+) -> transformers.PreTrainedConfig:
+    """The config of a folder or hub id, with `changes`; `use` is said in an error.
 
     Raises:
         ForeignFileError: if it is missing, malformed, asks for absurd numbers, or names a model that needs code of its
             own.
     """
-    with refusing(source, "as a model", "Give a folder or hub id with a config of a model that transformers has."):
+    with refusing(source, use, "Give a folder or hub id with a config of a model that transformers has."):
         if path := _fetched(source, "config.json", local_files_only):
             check_config(path)
         where = {"trust_remote_code": False, "local_files_only": local_files_only}

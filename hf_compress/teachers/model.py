@@ -185,7 +185,7 @@ def load_teacher(source: str, student: nn.Module | None = None) -> nn.Module:
             would be random, and the student would learn noise.
     """
     with foreign.loading(source, "as a teacher", "Give a folder or hub id with config and safetensors."):
-        config = foreign.config(source)
+        config = foreign.config(source, use="as a teacher")
         named = (config.architectures or [type(unwrap(student)).__name__ if student is not None else "none"])[0]
         architecture: Any = getattr(transformers, str(named), None)
         if not _is_model(architecture):
