@@ -108,6 +108,7 @@ def _said(error: BaseException) -> str:
 def config(
     source: str | Path,
     *,
+    use: str = "as a model",
     local_files_only: bool = False,
     where: Mapping[str, Any] = MappingProxyType({}),
     **changes: Any,
@@ -116,6 +117,7 @@ def config(
 
     Args:
         source: hub id or folder.
+        use: what for, said in an error.
         local_files_only: no connection is made.
         where: revision, subfolder, token, cache_dir and the like.
         **changes: to its values.
@@ -124,7 +126,7 @@ def config(
         ForeignFileError: if it is missing, malformed, asks for absurd numbers, or names a model that needs code of its
             own.
     """
-    with refusing(source, "as a model", "Give a folder or hub id with a config of a model that transformers has."):
+    with refusing(source, use, "Give a folder or hub id with a config of a model that transformers has."):
         if path := _fetched(source, "config.json", local_files_only, where):
             check_config(path)
         safe = {"trust_remote_code": False, "local_files_only": local_files_only}

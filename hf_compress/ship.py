@@ -212,8 +212,7 @@ class _Work:
 
     @cached_property
     def _teacher_config(self) -> Any:
-        with foreign.refusing(self.recipe.teacher, *_AS_TEACHER):
-            return foreign.config(self.recipe.teacher)
+        return foreign.config(self.recipe.teacher, use=_AS_TEACHER[0])
 
     @cached_property
     def _teacher_digest(self) -> dict[str, str]:
@@ -490,7 +489,10 @@ def _loaded(source: str, *, report: bool = False, **settings: Any) -> Any:
     """A classifier with `settings` in its config, from safetensors without remote code; and what was found missing."""
     with foreign.loading(source, *_AS_TEACHER):
         return AutoModelForSequenceClassification.from_pretrained(
-            source, config=foreign.config(source, **settings), output_loading_info=report, **foreign.SAFE
+            source,
+            config=foreign.config(source, use=_AS_TEACHER[0], **settings),
+            output_loading_info=report,
+            **foreign.SAFE,
         )
 
 

@@ -7,6 +7,7 @@ which writes the file that the environment names: the child reports whether that
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import multiprocessing
 import os
@@ -68,6 +69,7 @@ def _child(function: Callable[[], Any], connection: Any, log: Path, seconds: flo
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.disable()  # it would touch, and so copy, what the parent holds
     start = time.perf_counter()
     try:
         value = function()

@@ -198,7 +198,7 @@ def load_teacher(
         )
     where = {name: value for name, value in settings.items() if name in _REACHING}
     with foreign.loading(source, "as a teacher", "Give a folder or hub id with config and safetensors.", where):
-        config = foreign.config(source, where=where)
+        config = foreign.config(source, use="as a teacher", where=where)
         named = (config.architectures or [type(unwrap(student)).__name__ if student is not None else "none"])[0]
         architecture: Any = getattr(transformers, str(named), None)
         if not _is_model(architecture):
