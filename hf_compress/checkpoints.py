@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -16,15 +18,17 @@ from .errors import ForeignFileError, ResumeError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST = "hf_compress-manifest.json"
 STATE = ("optimizer.pt", "scheduler.pt")
 """What training goes on without, with other numbers."""
+WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "*/adapter_model.safetensors")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def seal(folder: Path) -> None:
     """Writes the manifest of a checkpoint, once all else of it is on the disk."""
-    names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    inner = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    names = sorted(path for path in inner if path.name != MANIFEST)
     for path in names:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -35,16 +39,17 @@ def seal(folder: Path) -> None:
     files.write_text(folder / MANIFEST, json.dumps({"files": listed}, indent=1) + "\n")
 
 
-def fault(folder: Path, processes: int | None = 1) -> str | None:
+def fault(folder: Path, processes: int | None = 1, beside: Sequence[str] = ()) -> str | None:
     """What is wrong with a checkpoint; None: it is whole.
 
     Args:
         folder: of the checkpoint.
         processes: of the run that is to go on from it; None: it is FSDP's or DeepSpeed's, which name files otherwise,
             so that the manifest alone decides.
+        beside: files of ours that the run needs too.
     """
     try:
-        if processes and (missing := _missing(folder, processes)):
+        if processes and (missing := _missing(folder, processes, beside)):
             return f"has no {missing}"
         if (folder / MANIFEST).exists():
             return _differs(folder)
@@ -55,12 +60,17 @@ def fault(folder: Path, processes: int | None = 1) -> str | None:
         return f"cannot be read ({error.strerror})"
 
 
-def _missing(folder: Path, processes: int) -> str | None:
+def _missing(folder: Path, processes: int, beside: Sequence[str]) -> str | None:
     """A file without which a run cannot go on as it was."""
-    if not any(folder.glob("*.safetensors")):
+    if not any(any(folder.glob(name)) for name in WEIGHTS):
         return "weights in safetensors"
+    shards = {name for index in folder.glob("*.safetensors.index.json") for name in files.shards(index).values()}
     random = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
-    return next((name for name in (*STATE, "trainer_state.json", *random) if not (folder / name).is_file()), None)
+    wanted = (*sorted(shards), *beside, *STATE, "trainer_state.json", *random)
+    missing = next((name for name in wanted if not files.is_file(folder / name)), None)
+    if missing in random and any(folder.glob("rng_state*.pth")):
+        return f"{missing}: it was written by another number of processes"
+    return missing
 
 
 def _differs(folder: Path) -> str | None:
@@ -93,7 +103,7 @@ def _unreadable(folder: Path) -> str | None:
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
-        except zipfile.BadZipFile:
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):  # damaged names, methods, lengths
             broken = path.name
         if broken:
             return f"holds a {path.name} that cannot be read"
@@ -111,7 +121,7 @@ def sealed(output: Path) -> Path | None:
     return next((folder for folder in found(output) if (folder / MANIFEST).exists()), None)
 
 
-def newest_whole(output: Path, processes: int | None = 1) -> Path | None:
+def newest_whole(output: Path, processes: int | None = 1, beside: Sequence[str] = ()) -> Path | None:
     """The newest checkpoint that is whole, with a word on those passed over; None: there is no checkpoint at all.
 
     Raises:
@@ -119,7 +129,7 @@ def newest_whole(output: Path, processes: int | None = 1) -> Path | None:
     """
     passed: list[str] = []
     for folder in found(output):
-        said = fault(folder, processes)
+        said = fault(folder, processes, beside)
         if said is None:
             for line in passed:
                 logger.warning("hf_compress: %s is passed over, and the run goes on from %s", line, folder.name)
@@ -130,18 +140,19 @@ def newest_whole(output: Path, processes: int | None = 1) -> Path | None:
     return None
 
 
-def chosen(output: Path, resume: str | bool | None, processes: int | None = 1) -> str | bool | None:
+def chosen(output: Path, resume: Any, processes: int | None = 1, beside: Sequence[str] = ()) -> Any:
     """What `Trainer.train` is to resume from, in the place of what it was asked to.
 
     Raises:
         ResumeError: if the checkpoint that was named is not whole, or none is.
     """
     if resume is True:
-        folder = newest_whole(output, processes)
+        folder = newest_whole(output, processes, beside)
         return True if folder is None else str(folder)  # the Trainer says that there is none
-    if isinstance(resume, str) and Path(resume).is_dir() and (said := fault(Path(resume), processes)):
+    named = Path(resume) if isinstance(resume, str | os.PathLike) and str(resume) else None
+    if named is not None and named.is_dir() and (said := fault(named, processes, beside)):
         raise ResumeError(
-            f"{Path(resume).name} {said}; going on from it would give other numbers. Resume from another "
+            f"{named.name} {said}; going on from it would give other numbers. Resume from another "
             "(resume_from_checkpoint=True takes the newest that is whole), or load its weights and begin afresh."
         )
     return resume

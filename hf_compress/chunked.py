@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 LOSS_INPUTS = frozenset({"labels", "shift_labels", "num_items_in_batch"})
 LIMITS = {"cpu": 8 << 20}
 OTHERS = 64 << 20
-"""Bytes of one model's logits, above which they are taken in chunks, by type of device. On a CPU chunks are faster from
-4 MiB on; elsewhere many small chunks may cost time, and it is the memory that counts."""
+"""Bytes of one model's logits, above which they are taken in chunks, by type of device. On a CPU chunks save time too;
+elsewhere many small ones may cost some, and it is the memory that counts."""
 
 Chunk = Callable[[Tensor, slice], Tensor]
 """From a chunk of the head's input and its place among the positions to () the chunk's part of the loss."""

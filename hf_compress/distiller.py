@@ -295,10 +295,10 @@ def task_term(loss: Tensor | None, local: Counts, window: Counts, ctc: str | Non
     Leaving it out matters: the mean over no labels is NaN, and 0 · NaN is NaN. A CTC loss is a mean over examples, or,
     with ctc="sum", a sum.
     """
+    if loss is not None and ctc is not None:  # an empty transcript is one too
+        return loss if ctc == "sum" else loss * (local.examples / window.examples)
     if loss is None or local.labels == 0 or window.labels == 0:  # a method may have made labels where there were none
         return None
-    if ctc is not None:
-        return loss if ctc == "sum" else loss * (local.examples / window.examples)
     return loss * (local.labels / window.labels)
 
 

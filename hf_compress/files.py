@@ -62,7 +62,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def _kept(path: Path) -> str:
     """What an error says of the place that was not written."""
-    return f"{path} is as it was before." if path.exists() else f"Nothing was written to {path}."
+    try:
+        there = path.exists()
+    except OSError:  # a name that no system takes
+        there = False
+    return f"{path} is as it was before." if there else f"Nothing was written to {path}."
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -8,6 +8,7 @@ refused here. What a config may ask for is measured by the weights beside it.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -141,7 +142,7 @@ def check_config(path: Path) -> None:
             raise ForeignFileError(path, f"asks for code of {value[:80]!r} in {key!r}.", remedy)
         if isinstance(value, bool | str | None):
             continue
-        if (_COUNTS.search(key) and value > MAX_COUNT) or (key.startswith(("num_", "n_")) and value < 0):
+        if _COUNTS.search(key) and (value > MAX_COUNT or (key.startswith(("num_", "n_")) and value < 0)):
             raise ForeignFileError(path, f"asks for {str(value)[:20]} in {key!r}.", remedy)
 
 
@@ -234,6 +235,8 @@ class _Limits:
         if not Path(self.source).is_dir():
             config = _fetched(self.source, "config.json", True, self.where) or config
         tensors, size = check_weights(config.parent)
+        if not tensors and not Path(self.source).is_dir():  # they lie elsewhere, as those that the hub converts
+            return sys.maxsize, sys.maxsize
         return _FREE_MODULES + _MODULES_PER_TENSOR * tensors, _FREE_ELEMENTS + _ELEMENTS_PER_BYTE * size
 
     def prepare(self) -> None:

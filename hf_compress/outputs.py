@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
 from typing import Any
 
@@ -131,8 +131,9 @@ def _with_field(kind: type[ModelOutput]) -> type[ModelOutput]:
 def with_loss(output: Any, loss: Tensor) -> Any:
     """The output with another loss, in the form and order that it had."""
     if isinstance(output, Mapping):
-        if isinstance(output, ModelOutput) and "loss" not in {field.name for field in fields(output)}:
-            kind: Any = type(output)
+        kind: Any = type(output)
+        typed = isinstance(output, ModelOutput) and is_dataclass(kind)
+        if typed and "loss" not in {field.name for field in fields(kind)}:
             output = _with_field(kind)(**output)  # a body without a head
         changed: Any = copy.copy(output)
         changed["loss"] = loss

@@ -97,7 +97,8 @@ def _labelled(data: Any) -> int | None:
         return None
     for name in ("labels", "label"):
         if name in columns:
-            values = data[name][:]
+            plain = data.with_format(None) if hasattr(data, "with_format") else data  # else tensors may come
+            values = plain[name][:]
             return sum(1 for value in values if value is not None and value != IGNORED)
     return 0
 

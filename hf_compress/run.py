@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, MethodType
@@ -41,7 +43,7 @@ from .errors import (
     UnusedLossError,
 )
 from .heads import Memory
-from .networks import Networks
+from .networks import OPTIMIZERS, WEIGHTS, Networks
 from .objective import Inputs, Kind, Objective, Signals, Step
 from .outputs import loss_of, with_frames, with_loss, without_states
 from .provenance import describe_training, task_of
@@ -208,6 +210,10 @@ class Run:
         models = [other for other in (self.teacher, *self.frozen.values()) if other is not None]
         return {name for other in models for name in getattr(other, "reads", None) or ()} - own.keys()
 
+    def withheld(self, name: str, value: Any) -> bool:
+        """Whether the student never sees an input: a method's own column, or one that the teacher alone reads."""
+        return name in self.required or (name in self.columns and isinstance(value, Tensor))
+
     def _check_rescored(self, objectives: Sequence[Objective]) -> None:
         """Labels that a method writes itself are no targets for the task's own loss."""
         names = [obj.name for obj, need in zip(objectives, self.needs, strict=True) if need.rescored]
@@ -230,6 +236,7 @@ class Run:
         self._inputs: Inputs | None = None
         self._targets: Targets | None = None
         self._own_states = self._tuple = False
+        self._saved: Path | None = None
 
     @property
     def trainer(self) -> Trainer:
@@ -304,6 +311,8 @@ class Run:
     def _wrap(self, trainer: Trainer) -> None:
         """Wraps what the Trainer calls; each wrapper is an attribute of the instance and is undone by `detach`."""
         self._replace(trainer, "train", self._train(trainer.train))
+        if hasattr(trainer, "_save_rng_state"):
+            self._replace(trainer, "_save_rng_state", self._save_rng_state(trainer._save_rng_state))
         self._replace(trainer, "get_batch_samples", self._get_batch_samples(trainer.get_batch_samples))
         self._replace(trainer, "log", self.reports.log(trainer.log))
         self._replace(trainer, "evaluate", self.reports.evaluate(trainer.evaluate))
@@ -322,19 +331,44 @@ class Run:
     def _train(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """`Trainer.train` that resumes from a checkpoint that is whole, or says what is wrong with it."""
 
-        def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-            trainer = self.trainer
-            others = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-            processes = None if others else trainer.args.world_size
-            output = Path(trainer.args.output_dir)
+        @functools.wraps(original)
+        def train(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                args = (self._chosen(args[0]), *args[1:])
+            elif "resume_from_checkpoint" in kwargs:
+                kwargs["resume_from_checkpoint"] = self._chosen(kwargs["resume_from_checkpoint"])
+            begun = self.trainer.state.global_step
             try:
-                return original(checkpoints.chosen(output, resume_from_checkpoint, processes), *args, **kwargs)
+                return original(*args, **kwargs)
             except Exception as error:
-                if sealed := checkpoints.sealed(output):
-                    error.add_note(f"{sealed.name} is whole: train(resume_from_checkpoint=True) goes on from it.")
+                if self.trainer.state.global_step > begun and not isinstance(error, ResumeError | ConfigurationError):
+                    self._note_whole(error)
                 raise
 
         return train
+
+    def _chosen(self, resume: Any) -> Any:
+        return checkpoints.chosen(Path(self.trainer.args.output_dir), resume, self._processes, self._beside)
+
+    def _note_whole(self, error: Exception) -> None:
+        """Says in an error which checkpoint is left, if the newest that was sealed is whole."""
+        with suppress(OSError):
+            sealed = checkpoints.sealed(Path(self.trainer.args.output_dir))
+            if sealed is not None and checkpoints.fault(sealed, self._processes, self._beside) is None:
+                error.add_note(f"{sealed.name} is whole: train(resume_from_checkpoint=True) goes on from it.")
+
+    @property
+    def _processes(self) -> int | None:
+        """Of the run; None under FSDP and DeepSpeed, whose checkpoints have other files."""
+        trainer = self.trainer
+        return None if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled else int(trainer.args.world_size)
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        """Files of ours without which a checkpoint of this run is not whole."""
+        adapters = hasattr(self.student, "peft_config") and self.distiller.state_dict()
+        networks = (WEIGHTS, OPTIMIZERS) if any(one.overrides("networks") for one in self.distiller.objectives) else ()
+        return (*networks, *((SIDE_FILE,) if adapters else ()))
 
     def _replace(self, trainer: Trainer, name: str, value: Any) -> None:
         own = name in vars(trainer)
@@ -425,6 +459,8 @@ class Run:
     def _check_resumed(self, step: int) -> None:
         """A resumed run has every entry of the distiller from the checkpoint, or from the side file, or stops."""
         folder = resumed_folder()
+        if folder is not None:
+            self._chosen(folder)  # a second `train()` has not been asked before
         if folder is not None and reload_renamed(self.student, folder):
             logger.info("hf_compress: %s names weights as older releases did; they were loaded anew", folder.name)
         if self.networks:
@@ -446,14 +482,34 @@ class Run:
             "other numbers. Resume from a checkpoint of a run with this method, or start afresh."
         )
 
+    def _save_rng_state(self, original: Callable[[str], None]) -> Callable[[str], None]:
+        """The last that the Trainer writes before it deletes older checkpoints: ours is to be there by then."""
+
+        def save(output_dir: str) -> None:
+            original(output_dir)
+            if self.trainer.args.should_save:
+                self.save_beside(Path(output_dir))
+
+        return save
+
     def save_beside(self, folder: Path) -> None:
-        """Writes what a checkpoint does not hold: networks, our state beside adapters alone, and last its manifest."""
-        if self.networks and folder.is_dir():
+        """Writes what a checkpoint does not hold: networks, and our state beside adapters alone."""
+        self._saved = folder
+        if not folder.is_dir():
+            return
+        if self.networks:
             self.networks.save(folder)
         state = self.distiller.state_dict()
-        if state and hasattr(self.student, "peft_config") and folder.is_dir():
+        if state and hasattr(self.student, "peft_config"):
             with files.atomic_file(folder / SIDE_FILE) as part:
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
+
+    def seal(self, folder: Path) -> None:
+        """Closes a checkpoint with its manifest; `folder` is where it lies if the Trainer wrote no random state."""
+        if self._saved is None:
+            self.save_beside(folder)
+        assert self._saved is not None  # just set
+        folder, self._saved = self._saved, None
         if folder.is_dir():
             checkpoints.seal(folder)
 
@@ -538,7 +594,7 @@ class Run:
             )
         measuring = self.reports.evaluating is not None and not (training or cached or fused)
         measuring = measuring and self.teacher is not None
-        seen = {name: value for name, value in inputs.items() if name not in self.columns}
+        seen = {name: value for name, value in inputs.items() if not self.withheld(name, value)}
         self.reports.measure_pending()
         if measuring and self.recorded is not None:  # of other rows nothing is known
             measuring = self.recorded.holds(
@@ -560,7 +616,7 @@ class Run:
                     inputs = objective.batch(inputs, self.step)
             hidden = self.columns | (inputs.keys() - seen.keys() - set(names))  # what a method added for itself
             seen = {name: value for name, value in inputs.items() if name not in hidden}
-        self._inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        watched = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         assert self.taps is not None  # the hooks exist only while the taps do
         asked = seen.get("output_hidden_states") or getattr(self.sizes.config, "output_hidden_states", False)
         self._own_states = self.taps.hidden_states and not asked
@@ -569,8 +625,9 @@ class Run:
         self._tuple = returns_tuple(self.student, seen)
         if self._tuple:
             seen["return_dict"] = True
-        self.chunking.on = training and self.chunking.wanted(self._inputs)
-        self._targets = self.sources.targets(self._inputs)  # first: what it needs on the way is free again by then
+        self.chunking.on = training and self.chunking.wanted(watched)
+        targets = self.sources.targets(watched)  # first: what it needs on the way is free again by then
+        self._inputs, self._targets = watched, targets  # only now: a teacher may have called the student
         if self.chunking.on:
             seen = self.chunking.begin(seen)
         self.taps.start()

@@ -12,7 +12,7 @@ from . import distiller as d
 from . import objective as o
 from .checks import warn_of_probabilities
 from .chunked import Apart, rows_of
-from .errors import ConfigurationError
+from .errors import ConfigurationError, MismatchError
 from .objective import Inputs, Signals
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Sources:
     def targets(self, inputs: Inputs) -> Targets:
         """Of teacher and frozen models, before the student's own forward."""
         run, given = self.run, inputs
+        before = {name: value._version for name, value in inputs.items() if not value.is_inference()}
         seen: Mapping[str, Tensor] = {}
         lazily: Logits | None = None
         if run.teacher is not None and any(need.teacher for need in run.needs):
@@ -57,6 +58,10 @@ class Sources:
             role: rows_of(other, inputs) if run.chunking.on else (other(inputs), None)
             for role, other in run.frozen.items()
         }
+        if changed := sorted(name for name, version in before.items() if inputs[name]._version != version):
+            raise MismatchError(
+                f"the teacher changed {changed} in place, which the student reads after it. Let it copy them first."
+            )
         return Targets(
             teacher=seen,
             logits=lazily,

@@ -89,7 +89,9 @@ class _Calls:
         with self._aside():  # a loader draws a seed
             for batch in trainer.get_test_dataloader(dataset):
                 inputs = trainer._prepare_inputs(batch)
-                output = forward(**{name: value for name, value in inputs.items() if name not in run.columns})
+                student = who == "student"
+                hidden = {n for n, v in inputs.items() if n in run.required or (student and run.withheld(n, v))}
+                output = forward(**{name: value for name, value in inputs.items() if name not in hidden})
                 values = row_cross_entropy(run.kind, logits_of(output), inputs)
                 found.append(trainer.accelerator.gather_for_metrics(values))
         return torch.cat(found)

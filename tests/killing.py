@@ -29,6 +29,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_compress import testing
+from hf_compress.checkpoints import MANIFEST
 
 STEPS = 14
 SPARE = 60.0
@@ -89,7 +90,7 @@ def child(folder: str, name: str, saving: Synchronized[int]) -> None:
 
     made._save_checkpoint = saved
     made.callback_handler.on_save = after
-    begun = any(Path(folder).glob("checkpoint-*/manifest.json"))
+    begun = any(Path(folder).glob(f"checkpoint-*/{MANIFEST}"))
     made.train(resume_from_checkpoint=begun)
     logs = [entry for entry in made.state.log_history if "distill_loss" in entry or "loss" in entry]
     losses = [{k: v for k, v in entry.items() if "loss" in k or "distill" in k} for entry in logs]

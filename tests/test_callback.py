@@ -55,6 +55,7 @@ from hf_compress.errors import (
     UnusedLossError,
 )
 from hf_compress.objective import Needs, kind_of, positions
+from hf_compress.provenance import describe_data
 from hf_compress.testing import CLASSES, VOCAB, collate, models, rows, weights_hash
 
 CLASSIFY, TAG, MASK, GENERATE = "text-classification", "token-classification", "fill-mask", "text-generation"
@@ -1004,7 +1005,7 @@ def test_adapters_resume_bit_identically_from_the_side_file(tmp_path: Path) -> N
     assert weights_hash(resumed.student) == weights_hash(whole.student)
     (checkpoint / "distiller.safetensors").unlink()
     (checkpoint / MANIFEST).unlink()
-    with pytest.raises(ResumeError, match="step 3"):
+    with pytest.raises(ResumeError, match=r"checkpoint-3 has no distiller\.safetensors"):
         run(tmp_path / "parts").train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -1381,3 +1382,48 @@ def test_a_denominator_for_some_batches_of_a_window_is_refused(tmp_path: Path) -
 
 if __name__ == "__main__":
     _child(Path(sys.argv[1]))
+
+
+# ---------------------------------------------------------------------- the order of the forwards
+
+
+def test_a_teacher_that_calls_the_student_leaves_its_step_watched(tmp_path: Path) -> None:
+    student, inner = models(CLASSIFY)
+
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.student = inner, [student]
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            self.student[0](input_ids=input_ids, attention_mask=attention_mask)
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+    run = build(tmp_path, student=student, teacher=Asking()).train()
+    assert run.logged("distill_loss") == pytest.approx(build(tmp_path).train().logged("distill_loss"))
+
+
+def test_a_teacher_that_changes_the_batch_in_place_is_refused(tmp_path: Path) -> None:
+    class Changing(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            input_ids.fill_(1)
+            return {"logits": torch.zeros(len(input_ids), CLASSES)}
+
+    with pytest.raises(MismatchError, match=r"\['input_ids'\] in place"):
+        build(tmp_path, teacher=Changing()).train()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_user_asks_of_the_student_is_not_withheld(training: bool, tmp_path: Path) -> None:
+    """Though the teacher's forward names it and the student's does not."""
+    config = DistilBertConfig(vocab_size=VOCAB, dim=16, n_layers=1, n_heads=2, hidden_dim=16, num_labels=CLASSES)
+    run = build(tmp_path, student=DistilBertForSequenceClassification(config))
+    batch = collate(rows(CLASSIFY))
+    with torch.set_grad_enabled(training):
+        found = run.student.train(training)(**batch, output_hidden_states=True)
+    assert len(found.hidden_states) == 2
+
+
+def test_labels_of_a_formatted_data_set_are_counted(tmp_path: Path) -> None:
+    data = Dataset.from_list([row | {"labels": [1.0, 0.0]} for row in rows(CLASSIFY)]).with_format("torch")
+    assert describe_data(data, None).labelled == 4

@@ -69,7 +69,7 @@ def test_a_checkpoint_without_them_is_refused(tmp_path: Path, missing: str) -> N
     for name in (missing, MANIFEST):
         (tmp_path / "checkpoint-1" / name).unlink()
     again, _ = toys.run(tmp_path, toys.WithCritic(), max_steps=2)
-    with pytest.raises(ResumeError, match="checkpoint-1 holds no"):
+    with pytest.raises(ResumeError, match=f"checkpoint-1 has no {missing}"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

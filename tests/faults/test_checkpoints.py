@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import toys
 from hf_compress_plugins.language.taid import TAID
+from transformers import Trainer, TrainerCallback
 
 from hf_compress import checkpoints
 from hf_compress.errors import ResumeError
@@ -98,7 +100,8 @@ def test_without_any_the_trainer_says_so(tmp_path: Path) -> None:
 def test_a_run_of_two_processes_is_not_continued_by_one(whole: tuple[Path, str], tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(whole[0] / "checkpoint-3", tmp_path / "checkpoint-3"))
     assert checkpoints.fault(checkpoint) is None
-    assert checkpoints.fault(checkpoint, processes=2) == "has no rng_state_0.pth"
+    said = checkpoints.fault(checkpoint, processes=2)
+    assert said == "has no rng_state_0.pth: it was written by another number of processes"
     assert checkpoints.fault(checkpoint, processes=None) is None
 
 
@@ -115,4 +118,88 @@ def test_a_long_log_that_is_not_finite_is_our_own(whole: tuple[Path, str], tmp_p
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     state["log_history"] = [{"loss": float("nan")}] * 100
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    assert checkpoints.fault(checkpoint) is None
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_a_torn_one_is_refused_however_it_is_named(
+    as_type: Callable[[Path], object], whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    gone(folder / "checkpoint-3" / "optimizer.pt")
+    made = run(folder)
+    for train in (made.train, run(folder).train):
+        with pytest.raises(ResumeError, match=r"checkpoint-3 has no optimizer\.pt") as raised:
+            train(as_type(folder / "checkpoint-3"))
+        assert not getattr(raised.value, "__notes__", [])
+
+
+def test_a_second_train_asks_too(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    made.train()
+    gone(tmp_path / "checkpoint-4" / "scheduler.pt")
+    made.args.max_steps = 6
+    with pytest.raises(ResumeError, match=r"checkpoint-4 has no scheduler\.pt"):
+        made.train(resume_from_checkpoint=True)
+
+
+def test_an_error_in_a_run_names_the_checkpoint_that_is_left(tmp_path: Path) -> None:
+    made = run(tmp_path)
+
+    class Ends(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise OSError("the disk is full")
+
+    made.add_callback(Ends())
+    with pytest.raises(OSError, match="the disk is full") as raised:
+        made.train()
+    assert raised.value.__notes__ == ["checkpoint-2 is whole: train(resume_from_checkpoint=True) goes on from it."]
+
+
+def test_without_the_networks_of_a_method_it_is_not_whole(tmp_path: Path) -> None:
+    """As after a kill between the Trainer's files and ours."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    toys.run(tmp_path, toys.WithAdam(), **settings)[0].train()
+    for name in ("networks.safetensors", checkpoints.MANIFEST):
+        gone(tmp_path / "checkpoint-2" / name)
+    again, _ = toys.run(tmp_path, toys.WithAdam(), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [1, 2]
+
+
+def test_ours_is_there_before_an_older_one_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def rotate(**kwargs: Any) -> None:
+        newest = max(tmp_path.glob("checkpoint-*"))
+        held.append({path.name for path in newest.iterdir()} >= {"networks.safetensors", "networks-optimizers.pt"})
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", rotate)
+    toys.run(tmp_path, toys.WithAdam(), max_steps=2, save_strategy="steps", save_steps=1)[0].train()
+    assert held == [True, True]
+
+
+def test_a_trainer_with_a_train_of_its_own(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def train(self) -> Any:
+            return super().train()
+
+    assert toys.run(tmp_path, TAID(), kind=Own, max_steps=1)[0].train().global_step == 1
+
+
+def test_a_shard_that_its_index_names_is_missing(whole: tuple[Path, str], tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(whole[0] / "checkpoint-3", tmp_path / "checkpoint-3"))
+    gone(checkpoint / checkpoints.MANIFEST)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checkpoints.fault(checkpoint) == "has no model-2.safetensors"
+
+
+def test_a_link_is_no_part_of_a_manifest(whole: tuple[Path, str], tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(whole[0] / "checkpoint-3", tmp_path / "checkpoint-3"))
+    (checkpoint / "linked").symlink_to(tmp_path)
+    (tmp_path / "far.txt").write_text("elsewhere")
+    (checkpoint / "far.txt").symlink_to(tmp_path / "far.txt")
+    checkpoints.seal(checkpoint)
     assert checkpoints.fault(checkpoint) is None
