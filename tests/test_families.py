@@ -162,13 +162,19 @@ def test_four_micro_batches_of_one_row_give_the_gradient_of_one_batch(
     assert_same(run.gradients[0], expected.gradients[0])
 
 
+@pytest.mark.parametrize("empty", [(), (1, 2)])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_a_ctc_loss_adds_up_as_it_is_meant(reduction: str, tmp_path: Path) -> None:
+def test_a_ctc_loss_adds_up_as_it_is_meant(reduction: str, empty: tuple[int, ...], tmp_path: Path) -> None:
+    """Rows without a word too."""
+    data = families.rows("wav2vec2", "speech to text")
+    for place in empty:
+        data[place] = data[place] | {"labels": [families.IGNORED]}
     found = [
         train(
             tmp_path,
             "wav2vec2",
             "speech to text",
+            data=data,
             student_config={"ctc_loss_reduction": reduction},
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress import testing
@@ -71,6 +71,36 @@ def test_evaluation_gives_each_row_its_own_mean_loss(task: str, tmp_path: Path) 
     ((own, theirs),) = Evaluating.found
     torch.testing.assert_close(own, mean_losses(student, rows))
     torch.testing.assert_close(theirs, mean_losses(teacher, rows))
+
+
+class OfTypes(nn.Module):
+    """A teacher that reads a column that the student does not know."""
+
+    def __init__(self, inner: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, kinds: Tensor) -> Any:
+        return self.inner(input_ids=input_ids + kinds, attention_mask=attention_mask)
+
+
+def test_a_teacher_is_evaluated_on_what_it_alone_reads(tmp_path: Path) -> None:
+    task = "text-classification"
+    rows, (_, teacher) = testing.rows(task, 4), testing.models(task)
+    for row in rows:
+        row["input_ids"], row["kinds"] = [token // 2 for token in row["input_ids"]], [1] * len(row["input_ids"])
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        found = testing.collate(batch)
+        return found | {"kinds": found["attention_mask"]}
+
+    trainer, _ = toys.run(
+        tmp_path, Evaluating(), task, data=rows, wrap=OfTypes, give=lambda _: {"data_collator": collate}
+    )
+    trainer.train()
+    ((_, theirs),) = Evaluating.found
+    shifted = [row | {"input_ids": [token + 1 for token in row["input_ids"]]} for row in rows]
+    torch.testing.assert_close(theirs, mean_losses(teacher, shifted))
 
 
 def test_rows_without_labels_have_no_cross_entropy() -> None:

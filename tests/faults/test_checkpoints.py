@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import toys
+from datasets import Dataset
 from hf_compress_plugins.language.taid import TAID
 from transformers import Trainer, TrainerCallback
 
-from hf_compress import checkpoints
+from hf_compress import checkpoints, testing
 from hf_compress.errors import ResumeError
 from hf_compress.testing import weights_hash
 
@@ -203,3 +204,31 @@ def test_a_link_is_no_part_of_a_manifest(whole: tuple[Path, str], tmp_path: Path
     (checkpoint / "far.txt").symlink_to(tmp_path / "far.txt")
     checkpoints.seal(checkpoint)
     assert checkpoints.fault(checkpoint) is None
+
+
+def test_a_search_seals_its_own_checkpoints_and_no_others(tmp_path: Path) -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    run(tmp_path).train()
+    before = {path: path.read_bytes() for path in tmp_path.glob("checkpoint-*/*")}
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    held = Dataset.from_list(testing.rows("text-generation"))
+    given = {"model": None, "model_init": _student, "eval_dataset": held}
+    searching, _ = toys.run(tmp_path, toys.WithAdam(), give=lambda _: given, **settings)
+    searching.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)},
+        compute_objective=lambda _: 0.0,
+        n_trials=1,
+    )
+    assert {path: path.read_bytes() for path in tmp_path.glob("checkpoint-*/*")} == before
+    sealed = list(tmp_path.glob("run-*/checkpoint-*"))
+    assert len(sealed) == 2
+    for folder in sealed:
+        assert (folder / "networks.safetensors").exists()
+        assert (folder / checkpoints.MANIFEST).exists()
+        assert checkpoints.fault(folder) is None
+
+
+def _student() -> Any:
+    return testing.models("text-generation")[0]
