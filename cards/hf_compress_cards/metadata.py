@@ -13,7 +13,7 @@ from hf_compress.facts import Measurement, Model, Record
 from .text import plain
 
 METRICS = {"accuracy": ("accuracy", "Accuracy"), "f1_macro": ("f1", "F1 (macro)")}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -28,7 +28,7 @@ NEVER = frozenset({"labels", "num_items_in_batch", "start_positions", "end_posit
 """Inputs that would make the teacher compute a loss of its own."""
 _REACHING = frozenset({"revision", "token", "cache_dir", "subfolder"})
 """Settings of a teacher that say where it lies, which its config needs too."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+", re.ASCII)
 
 
 class ModelTeacher:

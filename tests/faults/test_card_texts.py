@@ -81,6 +81,7 @@ def shown(body: str) -> str:
 @settings(max_examples=50, deadline=None)
 @given(st.fixed_dictionaries(dict.fromkeys(PLACES, texts)), st.sampled_from(["mit", "cc-by-4.0", "1e3"]))
 @example(dict.fromkeys(PLACES, "1e3"), "1e3")
+@example(dict.fromkeys(PLACES, "0\u00b9"), "mit")
 @example(dict.fromkeys(PLACES, "- a"), "mit")
 @example(dict.fromkeys(PLACES, "## h ##"), "mit")
 def test_a_card_gives_back_what_it_was_made_from(t: dict[str, str], licence: str) -> None:
