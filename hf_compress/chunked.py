@@ -248,7 +248,7 @@ class Chunking:
         except UnprovenError as error:
             return f"{type(unwrap(run.student)).__name__}: {error}"
         module = self.proof.head.module
-        name = next(name for name, found in run.student.named_modules() if found is module)
+        name = next(name for name, found in unwrap(run.student).named_modules() if found is module)
         for objective, need in zip(run.distiller.objectives, run.needs, strict=True):
             if f"output:{name}" in need.student | (need.teacher or frozenset()):
                 self.remove()

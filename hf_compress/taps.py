@@ -89,7 +89,7 @@ class Taps:
     def _place(self) -> None:
         if "hidden:-1" in self.names and (inner := body(self.model)) is not None:
             self._handles.append(inner.register_forward_hook(self._keep_first("hidden:-1")))
-        modules = dict(self.model.named_modules())
+        modules = dict(unwrap(self.model).named_modules())
         for name in self.names:
             side, _, path = name.partition(":")
             if side not in ("input", "output"):
@@ -133,7 +133,8 @@ class Taps:
     def _source(self, name: str) -> nn.Module:
         kind, _, path = name.partition(":")
         if kind == "output":
-            return self.model.get_submodule(path)
+            module: nn.Module = unwrap(self.model).get_submodule(path)
+            return module
         return blocks(self.model, self.layers)[max(int(path) - 1, 0)]
 
     def _stop_here(self, *_: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import peft
+import pytest
 import torch
 from datasets import Dataset
 from prepared import PREPARED
@@ -129,10 +130,10 @@ def compiled(case: Case, folder: Path) -> None:
 def bfloat16(case: Case, folder: Path) -> None:
     one = run(case, folder, bf16=True, dtype=torch.float32)
     whole = run(case, folder, dtype=torch.float32)
-    assert one.logged("loss")[0] == np.clip(one.logged("loss")[0], *(whole.logged("loss")[0] * f for f in (0.8, 1.25)))
+    assert one.logged("loss") == pytest.approx(whole.logged("loss"), rel=0.25)
 
 
-ADAPTED = ("query", "value", "q_proj", "v_proj", "lm_head")
+ADAPTED = ("query", "value", "q_proj", "v_proj", "lm_head", "up", "down")
 
 
 def with_adapters(case: Case) -> Case:
@@ -455,7 +456,7 @@ RULES = (
     Rule("a subclass's own compute_loss", everywhere, "the Trainer did not use the loss with the distillation terms"),
     Rule("gradient checkpointing, reentrant", of("acm", "ernie_tiny", "minilm"), "carry no gradient"),
     Rule("LoRA student", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
-    Rule("LoRA student", of("acm"), "its blocks hold no linear layers", refused=False),
+    Rule("LoRA student", of("acm"), "'output:vit.layers.0.attention.v_proj.route'] carry no gradient"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
     Rule("padding left", of("dparallel", "alm"), OWN_COLLATOR, refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
@@ -480,7 +481,11 @@ RULES = (
     Rule("teacher from a cache on disk", of("ddk"), "a cache without its model cannot be run"),
     Rule("mean of two teachers", STATES, "use methods on logits alone"),
     Rule("mean of two teachers", of("ddk"), "a method that calls the teacher itself needs one model"),
-    Rule("the student without its adapters as teacher", of("acm"), "its blocks hold no linear layers", refused=False),
+    Rule(
+        "the student without its adapters as teacher",
+        of("acm"),
+        "'output:vit.layers.0.attention.v_proj.route'] carry no gradient",
+    ),
     Rule("the student without its adapters as teacher", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
 )
 

@@ -5,6 +5,7 @@ Run as a script it is one process of the two-process test.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -56,6 +57,7 @@ from hf_compress.errors import (
 )
 from hf_compress.objective import Needs, kind_of, positions
 from hf_compress.provenance import describe_data
+from hf_compress.taps import Reached, Taps, watching
 from hf_compress.testing import CLASSES, VOCAB, collate, models, rows, weights_hash
 
 CLASSIFY, TAG, MASK, GENERATE = "text-classification", "token-classification", "fill-mask", "text-generation"
@@ -1427,3 +1429,15 @@ def test_what_a_user_asks_of_the_student_is_not_withheld(training: bool, tmp_pat
 def test_labels_of_a_formatted_data_set_are_counted(tmp_path: Path) -> None:
     data = Dataset.from_list([row | {"labels": [1.0, 0.0]} for row in rows(CLASSIFY)]).with_format("torch")
     assert describe_data(data, None).labelled == 4
+
+
+@pytest.mark.parametrize("until", [None, "output:model.layers.0.mlp"])
+def test_a_module_is_named_as_in_the_model_inside_adapters(until: str | None) -> None:
+    student, ids = models(GENERATE)[0], collate(rows(GENERATE))["input_ids"]
+    adapted = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    taps = Taps(adapted, ["output:model.layers.0.mlp"], 2, until)
+    output = None
+    with torch.no_grad(), watching(taps), contextlib.suppress(Reached):
+        output = adapted(input_ids=ids)
+    assert taps.read(output)["output:model.layers.0.mlp"].shape == (4, 12, 48)
+    taps.remove()

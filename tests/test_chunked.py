@@ -393,6 +393,14 @@ def test_what_needs_whole_logits_has_them_and_says_why(
     )
 
 
+def test_the_output_embedding_is_known_by_its_name_inside_adapters(tmp_path: Path) -> None:
+    adapted = peft.get_peft_model(model(*MODELS["llama"]), peft.LoraConfig(r=2, target_modules=["q_proj"])).double()
+    methods = ["kd", _Embedding()]
+    made, _, _ = trainer(tmp_path, adapted, model(*MODELS["llama"], seed=1), method=methods)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="toy taps the output embedding itself"):
+        made.train()
+
+
 def test_a_loss_function_of_the_user_s_reads_whole_logits(
     tmp_path: Path, taken: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
