@@ -163,7 +163,7 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.run.flush()
         self.run.trainer.accelerator.wait_for_everyone()  # each process writes the state of its own random generators
         if args.should_save:
-            self.run.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.run.saving.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.end()

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from .errors import ForeignFileError
 
 SECONDS = 10.0
-"""Longest that one conversation takes; usual are some tenths of a millisecond."""
+"""Longest that one conversation takes."""
 MEMORY = 2**30
 """Bytes that the process may take beyond what it begins with."""
 

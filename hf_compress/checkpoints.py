@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from . import files
 from .errors import ForeignFileError, ResumeError
 
@@ -29,9 +27,7 @@ def seal(folder: Path) -> None:
     """Writes the manifest of a checkpoint, once all else of it is on the disk."""
     inner = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     names = sorted(path for path in inner if path.name != MANIFEST)
-    for path in names:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    files.sync(folder)
     listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
         for path in names
@@ -88,17 +84,18 @@ def _differs(folder: Path) -> str | None:
 
 
 def _unreadable(folder: Path) -> str | None:
-    """Of a checkpoint that was written without us, or before we came to its manifest."""
+    """Of a checkpoint that was written without us, or before we came to its manifest.
+
+    Raises:
+        ForeignFileError: for weights that are cut off.
+    """
     try:  # our own run's, as long as its log and with what was not finite in it
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except ValueError:
         return "holds a trainer_state.json that is cut off"
     for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            return f"holds a {path.name} that cannot be read ({error})"
+        with files.safetensors(path):
+            pass
     for path in (*(folder / name for name in STATE), *folder.glob("rng_state*.pth")):
         try:
             with zipfile.ZipFile(path) as archive:

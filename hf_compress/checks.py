@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Trainer, TrainerCallback
-from transformers.utils import cached_file
 
 from . import foreign
 from . import objective as o
@@ -246,8 +245,7 @@ def tokenizer_beside(config: PreTrainedConfig | None) -> Any | None:
     source = str(getattr(config, "_name_or_path", "") or "")
     if not (Path(source).is_dir() if source else False) and hub_name(source) is None:
         return None
-    quiet = {f"_raise_exceptions_for_{why}": False for why in ("gated_repo", "missing_entries", "connection_errors")}
-    if not any(cached_file(source, name, **quiet) for name in TOKENIZERS):  # without one some classes make an empty one
+    if not any(foreign.fetched(source, name) for name in TOKENIZERS):  # without one some classes make an empty one
         return None
     try:
         return foreign.tokenizer(source)

@@ -92,7 +92,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
-        _sync(part)
+        sync(part)
         _exchange(part, target)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -118,7 +118,8 @@ def _exchange(part: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Brings every file of a folder to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

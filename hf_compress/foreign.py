@@ -33,7 +33,7 @@ SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
 MAX_COUNT = 2**20
 """Layers, labels, heads, experts: transformers makes lists of that many while it reads a config."""
 MAX_TOKENIZER_BYTES = 128 * 2**20
-"""Of `tokenizer.json`; that of Gemma 3, with 262 thousand tokens, has 33 MB."""
+"""Of `tokenizer.json`."""
 _COUNTS = re.compile(r"layer|depth|block|stage|label|class|expert|head|group")
 _TOKENIZER_REMEDY = "Save the tokenizer again, or take it from a source you trust."
 _TOKENIZER_TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -128,7 +128,7 @@ def config(
             own.
     """
     with refusing(source, use, "Give a folder or hub id with a config of a model that transformers has."):
-        if path := _fetched(source, "config.json", local_files_only, where):
+        if path := fetched(source, "config.json", local_files_only, where):
             check_config(path)
         safe = {"trust_remote_code": False, "local_files_only": local_files_only}
         return transformers.AutoConfig.from_pretrained(source, **safe, **where, **changes)
@@ -172,19 +172,19 @@ def tokenizer(source: str | Path) -> Any:
 def check_tokenizer(source: str | Path, *, local_files_only: bool = False) -> None:
     """Refuses files of a tokenizer that are malformed or too large."""
     for name in _TOKENIZER_TEXTS:
-        if path := _fetched(source, name, local_files_only):
+        if path := fetched(source, name, local_files_only):
             length = files.read_json(path, finite=False).get("model_max_length")
             if not isinstance(length, int | float | None):
                 problem = f"has the model_max_length {str(length)[:80]!r}, which is no number."
                 raise ForeignFileError(path, problem, "Save the tokenizer again.")
-    path = _fetched(source, "tokenizer.json", local_files_only)
+    path = fetched(source, "tokenizer.json", local_files_only)
     if path and (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
         problem = f"has {size} bytes, more than {MAX_TOKENIZER_BYTES}."
         raise ForeignFileError(path, problem, "Check where it comes from.")
 
 
-def _fetched(
-    source: str | Path, name: str, local_files_only: bool, where: Mapping[str, Any] = MappingProxyType({})
+def fetched(
+    source: str | Path, name: str, local_files_only: bool = False, where: Mapping[str, Any] = MappingProxyType({})
 ) -> Path | None:
     """A file of a folder or hub id, here; None: there is none, or none to reach."""
     quiet = {f"_raise_exceptions_for_{why}": False for why in ("gated_repo", "missing_entries", "connection_errors")}
@@ -233,7 +233,7 @@ class _Limits:
         """Modules and numbers."""
         config = Path(self.source) / self.where.get("subfolder", "") / "config.json"
         if not Path(self.source).is_dir():
-            config = _fetched(self.source, "config.json", True, self.where) or config
+            config = fetched(self.source, "config.json", True, self.where) or config
         tensors, size = check_weights(config.parent)
         if not tensors and not Path(self.source).is_dir():  # they lie elsewhere, as those that the hub converts
             return sys.maxsize, sys.maxsize

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, MethodType
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
-from . import checkpoints, files
 from . import distiller as d
 from . import objective as o
 from .checks import (
@@ -33,23 +29,23 @@ from .checks import (
 )
 from .chunked import Apart, Chunking
 from .data import Mixture, check_mixture, set_epoch
-from .distiller import PREFIX, Counts, Distiller
+from .distiller import Counts, Distiller
 from .errors import (
     ConfigurationError,
     MismatchError,
     NumericalError,
-    ResumeError,
     UnknownNameError,
     UnusedLossError,
 )
 from .heads import Memory
-from .networks import OPTIMIZERS, WEIGHTS, Networks
+from .networks import Networks
 from .objective import Inputs, Kind, Objective, Signals, Step
 from .outputs import loss_of, with_frames, with_loss, without_states
 from .provenance import describe_training, task_of
 from .reports import Reports, Sums, over_ranks
 from .resolving import agreed, dry_inputs, fitting, resolve_methods, until
-from .resume import SIDE_FILE, read_checkpoint, reload_renamed, resumed_folder
+from .resume import reload_renamed
+from .saving import Saving
 from .sources import Sources, Targets
 from .stepping import make_step
 from .taps import Taps, body, evaluating, returns_tuple, unwrap, watching
@@ -168,12 +164,12 @@ class Run:
         self._handles: list[Any] = []
         self._restore: list[Callable[[], None]] = []
         self._built = False
-        self._loaded: list[str] | None = None
         self.reports = Reports(self)
         self.chunking = Chunking(self)
         self.sources = Sources(self)
+        self.saving = Saving(self)
         self._reset()
-        self.distiller.register_load_state_dict_post_hook(self._note_loaded)  # type: ignore[no-untyped-call]  # torch
+        self.distiller.register_load_state_dict_post_hook(self.saving.note_loaded)  # type: ignore[no-untyped-call]  # torch
         logger.info("hf_compress: %s with %s", self.task, ", ".join(objective.name for objective in objectives))
 
     def _frozen(self, given: Mapping[str, nn.Module | str | Path | Teacher]) -> dict[str, Teacher]:
@@ -230,13 +226,13 @@ class Run:
         self.pending: tuple[Inputs, Any] | None = None
         self.reports.reset()
         self.sources.reset()
+        self.saving.reset()
         self._means = Sums({})
         self._reached = self._label_column = False
         self.step: Step | None = None
         self._inputs: Inputs | None = None
         self._targets: Targets | None = None
         self._own_states = self._tuple = False
-        self._saved: Path | None = None
 
     @property
     def trainer(self) -> Trainer:
@@ -310,9 +306,9 @@ class Run:
 
     def _wrap(self, trainer: Trainer) -> None:
         """Wraps what the Trainer calls; each wrapper is an attribute of the instance and is undone by `detach`."""
-        self._replace(trainer, "train", self._train(trainer.train))
+        self._replace(trainer, "train", self.saving.train(trainer.train))
         if hasattr(trainer, "_save_rng_state"):
-            self._replace(trainer, "_save_rng_state", self._save_rng_state(trainer._save_rng_state))
+            self._replace(trainer, "_save_rng_state", self.saving.save_rng_state(trainer._save_rng_state))
         self._replace(trainer, "get_batch_samples", self._get_batch_samples(trainer.get_batch_samples))
         self._replace(trainer, "log", self.reports.log(trainer.log))
         self._replace(trainer, "evaluate", self.reports.evaluate(trainer.evaluate))
@@ -327,48 +323,6 @@ class Run:
                 )
             trainer._set_signature_columns_if_needed()
             self._replace(trainer, "_signature_columns", [*trainer._signature_columns, *sorted(self.columns)])
-
-    def _train(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """`Trainer.train` that resumes from a checkpoint that is whole, or says what is wrong with it."""
-
-        @functools.wraps(original)
-        def train(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                args = (self._chosen(args[0]), *args[1:])
-            elif "resume_from_checkpoint" in kwargs:
-                kwargs["resume_from_checkpoint"] = self._chosen(kwargs["resume_from_checkpoint"])
-            begun = self.trainer.state.global_step
-            try:
-                return original(*args, **kwargs)
-            except Exception as error:
-                if self.trainer.state.global_step > begun and not isinstance(error, ResumeError | ConfigurationError):
-                    self._note_whole(error)
-                raise
-
-        return train
-
-    def _chosen(self, resume: Any) -> Any:
-        return checkpoints.chosen(Path(self.trainer.args.output_dir), resume, self._processes, self._beside)
-
-    def _note_whole(self, error: Exception) -> None:
-        """Says in an error which checkpoint is left, if the newest that was sealed is whole."""
-        with suppress(OSError):
-            sealed = checkpoints.sealed(Path(self.trainer.args.output_dir))
-            if sealed is not None and checkpoints.fault(sealed, self._processes, self._beside) is None:
-                error.add_note(f"{sealed.name} is whole: train(resume_from_checkpoint=True) goes on from it.")
-
-    @property
-    def _processes(self) -> int | None:
-        """Of the run; None under FSDP and DeepSpeed, whose checkpoints have other files."""
-        trainer = self.trainer
-        return None if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled else int(trainer.args.world_size)
-
-    @property
-    def _beside(self) -> tuple[str, ...]:
-        """Files of ours without which a checkpoint of this run is not whole."""
-        adapters = hasattr(self.student, "peft_config") and self.distiller.state_dict()
-        networks = (WEIGHTS, OPTIMIZERS) if any(one.overrides("networks") for one in self.distiller.objectives) else ()
-        return (*networks, *((SIDE_FILE,) if adapters else ()))
 
     def _replace(self, trainer: Trainer, name: str, value: Any) -> None:
         own = name in vars(trainer)
@@ -399,7 +353,7 @@ class Run:
         for other in (self.teacher, *self.frozen.values()):
             if other is not None:
                 other.close()
-        self._loaded = None
+        self.saving.forget()
 
     # ------------------------------------------------------------------ life cycle
 
@@ -420,13 +374,13 @@ class Run:
             )
         self._make_networks()
         if state.global_step > 0:
-            self._check_resumed(state.global_step)
+            self.saving.resume(state.global_step)
         else:  # a second train(), or a retry with a smaller batch, starts its schedules anew
             for name, buffer in self.distiller.named_buffers():
                 buffer.copy_(self._initial[name])
         if isinstance(self.trainer.train_dataset, Mixture):
             self.trainer.train_dataset.restore(self.distiller.get_buffer(_HISTORY))
-        self._loaded = None
+        self.saving.forget()
 
     def _place_mixture(self) -> None:
         """The weights that a `Mixture` has had are state of the run: kept in a buffer, so in every checkpoint."""
@@ -452,66 +406,6 @@ class Run:
         for network, _ in made.values():
             network.to(device)
         self.networks = Networks(made)
-
-    def _note_loaded(self, _module: nn.Module, keys: Any) -> None:
-        self._loaded = [key for key in keys.missing_keys if PREFIX in key or key.split(".")[0] in self.distiller]
-
-    def _check_resumed(self, step: int) -> None:
-        """A resumed run has every entry of the distiller from the checkpoint, or from the side file, or stops."""
-        folder = resumed_folder()
-        if folder is not None:
-            self._chosen(folder)  # a second `train()` has not been asked before
-        if folder is not None and reload_renamed(self.student, folder):
-            logger.info("hf_compress: %s names weights as older releases did; they were loaded anew", folder.name)
-        if self.networks:
-            if folder is None:
-                raise ResumeError(f"step {step}: no checkpoint folder is known to load the networks from.")
-            self.networks.load(folder)
-        wanted = set(self.distiller.state_dict())
-        if not wanted or self._loaded == []:
-            return
-        missing = wanted
-        if folder is not None:
-            found = read_checkpoint(folder)
-            missing = wanted - set(found)
-            if not missing:
-                self.distiller.load_state_dict(found)
-                return
-        raise ResumeError(
-            f"the checkpoint at step {step} has no state for {sorted(missing)[:3]}; resuming would restart it and give "
-            "other numbers. Resume from a checkpoint of a run with this method, or start afresh."
-        )
-
-    def _save_rng_state(self, original: Callable[[str], None]) -> Callable[[str], None]:
-        """The last that the Trainer writes before it deletes older checkpoints: ours is to be there by then."""
-
-        def save(output_dir: str) -> None:
-            original(output_dir)
-            if self.trainer.args.should_save:
-                self.save_beside(Path(output_dir))
-
-        return save
-
-    def save_beside(self, folder: Path) -> None:
-        """Writes what a checkpoint does not hold: networks, and our state beside adapters alone."""
-        self._saved = folder
-        if not folder.is_dir():
-            return
-        if self.networks:
-            self.networks.save(folder)
-        state = self.distiller.state_dict()
-        if state and hasattr(self.student, "peft_config"):
-            with files.atomic_file(folder / SIDE_FILE) as part:
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
-
-    def seal(self, folder: Path) -> None:
-        """Closes a checkpoint with its manifest; `folder` is where it lies if the Trainer wrote no random state."""
-        if self._saved is None:
-            self.save_beside(folder)
-        assert self._saved is not None  # just set
-        folder, self._saved = self._saved, None
-        if folder.is_dir():
-            checkpoints.seal(folder)
 
     def end(self) -> None:
         """End of `train()`: last words of the methods, the record, and a clean student."""

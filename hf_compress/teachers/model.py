@@ -205,8 +205,7 @@ def load_teacher(
             raise ConfigurationError(
                 f"{source}: the teacher's architecture {named!r} is no model of transformers; pass the model."
             )
-        kind: Any = architecture
-        model, report = kind.from_pretrained(source, output_loading_info=True, **foreign.SAFE, **settings)
+        model, report = architecture.from_pretrained(source, output_loading_info=True, **foreign.SAFE, **settings)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ForeignFileError(
