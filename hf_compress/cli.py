@@ -77,30 +77,33 @@ def methods(
 @app.command()
 def export(
     folder: Folder,
-    quantize: Annotated[str | None, typer.Option(help="Write 8 bits too: int8.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Task file whose rows int8 is measured on.")] = None,
-    max_drop: Annotated[float, typer.Option(min=0, max=1, help="Accuracy that int8 may cost, as a fraction.")] = 0.01,
+    quantize: Annotated[list[str] | None, typer.Option(help="Write fewer bits too: fp16, int8, int4.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Task file whose rows they are measured on.")] = None,
+    max_drop: Annotated[float, typer.Option(min=0, max=1, help="Accuracy that they may cost, as a fraction.")] = 0.01,
     min_agreement: Annotated[float, typer.Option(min=0, max=1, help="Least fraction of equal decisions.")] = 0.95,
 ) -> None:
     """Write ONNX, compare it with torch, and quantise it if its quality holds."""
     from .errors import ConfigurationError, UnknownNameError
-    from .onnx import export_onnx, quantize_onnx
+    from .onnx import PRECISIONS, export_onnx, quantize_onnx
 
     _holds_a_model(folder)
-    if quantize not in (None, "int8"):
-        raise UnknownNameError("precision", str(quantize), ["int8"])
+    for precision in quantize or ():
+        if precision not in PRECISIONS:
+            raise UnknownNameError("precision", precision, PRECISIONS)
     if quantize and data is None:
-        raise ConfigurationError("int8 is kept only if its quality holds: give --data task.yaml to measure it on.")
+        raise ConfigurationError(
+            f"{', '.join(quantize)}: kept only if its quality holds. Give --data task.yaml to measure it on."
+        )
     if data is not None and not quantize:
         raise ConfigurationError("--data is what int8 is measured on: give --quantize int8 too, or leave it out.")
     _quiet()
     gate = None if data is None else _gate(folder, data, max_drop, min_agreement)
     done = export_onnx(folder, progress=_tell)
     _tell(f"{done.folder.name}: {done.bytes:,} bytes, at most {done.value('parity_max_abs_diff'):.1e} from torch")
-    if gate is not None:
-        quantized = quantize_onnx(folder, gate=gate, progress=_tell)
-        agreement = quantized.value("agreement_with_fp32")
-        _tell(f"{quantized.folder.name}: {quantized.bytes:,} bytes, {agreement:.1%} of decisions as before")
+    for precision in quantize or ():
+        quantized = quantize_onnx(folder, gate=gate, precision=precision, progress=_tell)
+        said = ", ".join(f"{one.metric} {one.value:.4f}" for one in quantized.measurements if one.metric != "bytes")
+        _tell(f"{quantized.folder.name}: {quantized.bytes:,} bytes, {said}")
 
 
 def _holds_a_model(folder: Path) -> None:

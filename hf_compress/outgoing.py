@@ -21,8 +21,9 @@ from huggingface_hub import ModelCard, get_token
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # in its __init__, not declared
 
-from . import facts, files, onnx_graph
+from . import facts, files
 from .errors import ForeignFileError
+from .onnx import graph
 
 CARD = "README.md"
 _VOCABULARY = r"tokenizer\.json|vocab\.txt|vocab\.json|merges\.txt|added_tokens\.json|[\w.-]+\.model"
@@ -226,7 +227,7 @@ def _texts(path: Path) -> Iterator[bytes]:
         with path.open("rb") as file:
             yield file.read(int.from_bytes(file.read(8), "little"))
     elif path.suffix == ".onnx":
-        yield from onnx_graph.texts(path)
+        yield from graph.texts(path)
     elif path.suffix not in (".onnx_data", ".data"):
         yield path.read_bytes()
 

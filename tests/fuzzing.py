@@ -16,8 +16,9 @@ from hf_compress_cards import card
 from hf_compress_evaluation import examples, table, task
 from onnx import helper
 
-from hf_compress import facts, files, foreign, onnx_graph, outgoing, recipe, registry
+from hf_compress import facts, files, foreign, outgoing, recipe, registry
 from hf_compress.errors import HfCompressError
+from hf_compress.onnx import graph as onnx_graph
 from hf_compress.teachers import cache
 
 Target = Callable[[Path], None]

@@ -215,9 +215,9 @@ def test_debugging_shows_the_traceback(command: Callable[..., Said], monkeypatch
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--quantize", "int4"), "There is no precision 'int4'. Did you mean 'int8'"),
-        (("--quantize", "float64"), "Known: int8."),
-        (("--quantize", "int8"), "give --data task.yaml"),
+        (("--quantize", "int2"), "There is no precision 'int2'. Did you mean 'int8'"),
+        (("--quantize", "float64"), "Known: fp16, int4, int8."),
+        (("--quantize", "int8"), "Give --data task.yaml"),
         (("--data", "task.yaml"), "give --quantize int8 too"),
     ],
 )
@@ -321,7 +321,7 @@ def test_export_measures_int8_and_says_what_it_found(command: Callable[..., Said
     said = command("export", student, "--quantize", "int8", "--data", task, *options)
     assert said.code == 0, said.err
     assert said.out == ""
-    assert "of decisions as before" in said.err
+    assert "agreement_with_fp32 1.0000" in said.err
     assert "Please consider" not in said.err
     assert (student / "onnx" / "model.onnx").exists()
     assert (student / "onnx-int8" / "model.onnx").exists()

@@ -30,14 +30,12 @@ from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
-    T5ForConditionalGeneration,
+    T5Model,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -46,23 +44,24 @@ from transformers import (
 from transformers.exporters import ExportedModel
 from transformers.modeling_outputs import ModelOutput
 
-from hf_compress import facts, onnx_graph
-from hf_compress import onnx as module
+from hf_compress import facts
 from hf_compress.errors import ConfigurationError, ForeignFileError, GateError, ParityError, ProviderError
 from hf_compress.onnx import (
     Exported,
     Gate,
-    OnnxModel,
+    blocks,
     check_parity,
     export_model,
     export_onnx,
     load_onnx,
     parity_batches,
+    precision,
     quantize_onnx,
+    tracing,
 )
-from hf_compress.onnx_folder import _portable
-from hf_compress.onnx_int8 import _decisions
-from hf_compress.onnx_runtime import open_session
+from hf_compress.onnx import graph as onnx_graph
+from hf_compress.onnx.folder import _portable
+from hf_compress.onnx.gate import _decisions
 
 TEXTS = ["the film was very good", "a dull story", "i love the music but not the end", "slow"] * 4
 LABELS = [0, 1, 2, 0] * 4
@@ -87,16 +86,16 @@ def student(built: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def traced() -> ExportedModel:
-    clean = module._clean(tiny_bert_classifier())
-    inputs = next(iter(parity_batches(clean, None)))
-    return module._trace(clean, {name: value.repeat(2, 5) for name, value in inputs.items()})
+    clean = tracing.clean(tiny_bert_classifier())
+    (part,) = tracing.parts(clean, None)
+    return tracing.trace(part, clean).exported
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, traced: ExportedModel) -> ExportedModel:
     """Spares the seconds of tracing where a test is about what comes after."""
     mine = copy.copy(traced)
-    monkeypatch.setattr(module, "_trace", lambda model, inputs: mine)
+    monkeypatch.setattr(tracing, "trace", lambda part, model: tracing.Traced(name="model", exported=mine))
     return mine
 
 
@@ -170,7 +169,7 @@ def test_a_corrupted_weight_fails_the_export_and_the_earlier_one_is_kept(
     real = onnx_graph.save
     program = onnx_ir.from_proto(onnx_ir.to_proto(quick.program))
     corrupt(program, 0.5)
-    monkeypatch.setattr(onnx_graph, "save", lambda _, folder: real(program, folder))
+    monkeypatch.setattr(onnx_graph, "save", lambda _, path: real(program, path))
 
     with pytest.raises(ParityError, match=r"logits, batch of shape \(1, 1\).*differs .* by up to \d.*was kept"):
         export_onnx(student)
@@ -217,7 +216,7 @@ def test_a_graph_with_a_path_or_metadata_in_it_is_not_saved(traced: ExportedMode
         else:
             node.doc_string = long if spoil == "long" else 'File "train.py"'
         with pytest.raises(ConfigurationError, match="this machine"):
-            onnx_graph.save(program, tmp_path)
+            onnx_graph.save(program, tmp_path / "model.onnx")
 
 
 def test_axes_are_symbolic_and_named(built: Path) -> None:
@@ -261,12 +260,12 @@ def test_a_forward_set_on_the_instance_is_refused_and_accelerates_wrapper_left_o
     own = model.forward
     model.forward = lambda **inputs: own(**inputs) * 2  # type: ignore[method-assign]
     with pytest.raises(ConfigurationError, match="a forward of its own"):
-        module._clean(model)
+        tracing.clean(model)
     model._original_forward = own  # as accelerate leaves it around bf16 autocast
-    assert torch.equal(module._clean(model)(**batch).logits, expected)
+    assert torch.equal(tracing.clean(model)(**batch).logits, expected)
     model.forward = own  # type: ignore[method-assign]  # as the exporter leaves it
     del model._original_forward
-    assert torch.equal(module._clean(model)(**batch).logits, expected)
+    assert torch.equal(tracing.clean(model)(**batch).logits, expected)
 
 
 def test_the_model_in_memory_is_left_as_it_was(tmp_path: Path, quick: ExportedModel) -> None:
@@ -284,7 +283,7 @@ def test_the_model_in_memory_is_left_as_it_was(tmp_path: Path, quick: ExportedMo
     exported = export_model(model, tiny_tokenizer(), tmp_path / "onnx")
 
     assert isinstance(exported, Exported)
-    assert not hasattr(module._clean(model), "distiller")
+    assert not hasattr(tracing.clean(model), "distiller")
     assert model.training
     assert model.bert.training
     assert model.config._attn_implementation == attention
@@ -343,9 +342,9 @@ def test_outside_the_student_folder_nothing_is_recorded(student: Path, tmp_path:
 
 def test_what_does_not_fit_one_graph_is_refused(tmp_path: Path) -> None:
     config = T5Config(vocab_size=20, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
-    with pytest.raises(ConfigurationError, match="encoder-decoders and multiple choice"):
-        export_model(T5ForConditionalGeneration(config), None, tmp_path / "onnx")
-    with pytest.raises(ConfigurationError, match="encoder-decoders and multiple choice"):
+    with pytest.raises(ConfigurationError, match="an encoder-decoder that does not generate"):
+        export_model(T5Model(config), None, tmp_path / "onnx")
+    with pytest.raises(ConfigurationError, match="multiple choice does not fit"):
         export_model(BertForMultipleChoice(tiny_bert_config()), None, tmp_path / "onnx")
 
 
@@ -400,20 +399,25 @@ def test_a_tied_masked_lm_stores_its_table_once_in_float32_and_in_int8(masked_lm
     """The head's vocabulary of 2000 is most of the model."""
     weights = (masked_lm / "model.safetensors").stat().st_size
     assert (masked_lm / "onnx" / "model.onnx").stat().st_size == pytest.approx(weights, rel=0.2)
-    assert onnx_graph.has_tied_head(onnx_ir.load(masked_lm / "onnx" / "model.onnx"))
+    assert has_tied_head(onnx_ir.load(masked_lm / "onnx" / "model.onnx"))
 
     quantize_onnx(masked_lm, gate=Gate(features=TEXTS, min_agreement=0.5))
 
     int8 = onnx_ir.load(masked_lm / "onnx-int8" / "model.onnx")
-    assert onnx_graph.has_tied_head(int8)
-    assert "DequantizeLinear" not in {node.op_type for node in int8.graph}
-    assert "MatMulInteger" in {node.op_type for node in int8.graph}
-    table = 4 * 2000 * 32
-    assert table < (masked_lm / "onnx-int8" / "model.onnx").stat().st_size < weights
+    operators = {node.op_type for node in int8.graph}
+    assert {"GatherBlockQuantized", "MatMulNBits", "MatMulInteger"} <= operators
+    tables = [value for value in int8.graph.initializers.values() if value.shape == (2000, 1, 32)]
+    assert len(tables) == 1
+    assert {use.node.op_type for use in tables[0].uses()} == {"Reshape", "MatMulNBits"}
+    assert (masked_lm / "onnx-int8" / "model.onnx").stat().st_size < 0.45 * weights
 
 
-def test_a_stripped_tied_head_is_told_from_a_free_one(built: Path) -> None:
-    assert not onnx_graph.has_tied_head(onnx_ir.load(built / "onnx" / "model.onnx"))
+def has_tied_head(model: onnx_ir.Model) -> bool:
+    """Whether one weight serves both as an embedding (Gather) and, transposed, as a head (MatMul)."""
+    return any(
+        {"Gather", "Transpose"} <= {use.node.op_type for use in value.uses()}
+        for value in model.graph.initializers.values()
+    )
 
 
 @pytest.mark.parametrize("kind", [BertForTokenClassification, BertForQuestionAnswering, BertModel, "roberta"])
@@ -435,30 +439,17 @@ def test_other_plain_models_come_out_exact(kind: Any, tmp_path: Path) -> None:
     assert outputs == expected.get(kind, {"logits"})
 
 
-def test_a_plain_causal_lm_exports_without_cache_and_is_not_quantised(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2))
-    model.save_pretrained(tmp_path / "s")
-    export_onnx(tmp_path / "s")
-    assert set(load_onnx(tmp_path / "s")(input_ids=torch.ones(1, 3, dtype=torch.long))) == {"logits"}
-    assert model.config.use_cache
-    assert json.loads((tmp_path / "s" / "onnx" / "config.json").read_text())["use_cache"]
-    with pytest.raises(ConfigurationError, match="weight-only blocks, which come with the deployment work"):
-        quantize_onnx(tmp_path / "s", gate=None)
-
-
 # Int8 and its gate
 
 
 class Wrong:
     """Stands in for a quantiser that ruins the model."""
 
-    def __call__(self, path: Path) -> onnx_ir.Model:
-        program = onnx_ir.load(str(path))
+    def __call__(self, program: onnx_ir.Model, *args: object, **settings: object) -> onnx_ir.Model:
         bias = program.graph.initializers["classifier.weight"]
         assert bias.const_value is not None
         bias.const_value = onnx_ir.tensor(-bias.const_value.numpy(), name=bias.name)
-        return program
+        return blocks.quantize_products(program, 8)
 
 
 def test_int8_is_small_and_close(built: Path) -> None:
@@ -478,7 +469,8 @@ def test_a_missed_gate_keeps_the_earlier_int8(student: Path, monkeypatch: pytest
     before = hashes(student)
     model = load_onnx(student)
     right = model(**tiny_tokenizer()(TEXTS, padding=True, return_tensors="pt")).logits.argmax(-1).tolist()
-    monkeypatch.setattr("hf_compress.onnx_int8._quantize", Wrong())
+    monkeypatch.setattr(precision, "_dynamic", Wrong())
+    monkeypatch.setattr(precision, "_weights", Wrong())
     gate = Gate(features=TEXTS, labels=right if labelled else None, min_agreement=0.0 if labelled else 0.9)
     figure = r"loses \d\.\d{4} of accuracy \(at most 0\.01\)" if labelled else "loses an unmeasured part"
     with pytest.raises(GateError, match=rf"in \d\.\d{{4}} of 16 cases .* and {figure}.* was kept"):
@@ -489,20 +481,20 @@ def test_a_missed_gate_keeps_the_earlier_int8(student: Path, monkeypatch: pytest
 
 def test_a_nan_never_agrees(built: Path) -> None:
     logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
-    ours, theirs = _decisions({"logits": logits}, {}, -1), _decisions({"logits": logits}, {}, -2)
+    ours, theirs = (_decisions({"logits": logits}, {}, Fake(), broken) for broken in (-1, -2))
     assert (ours == theirs).tolist() == [True, False]
 
 
 def test_padding_decides_nothing_in_a_tagging_gate() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert _decisions({"logits": torch.zeros(2, 3, 4)}, {"attention_mask": mask}, -1).shape == (3,)
+    assert _decisions({"logits": torch.zeros(2, 3, 4)}, {"attention_mask": mask}, Fake(), -1).shape == (3,)
     spans = {"start_logits": torch.tensor([[0.0, 1.0, 9.0], [1.0, 9.0, 9.0]])}
-    assert _decisions(spans, {"attention_mask": mask}, -1).tolist() == [1, 0]
+    assert _decisions(spans, {"attention_mask": mask}, Fake(), -1).tolist() == [1, 0]
 
 
 def test_without_a_gate_a_warning_says_so(student: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert inspect.signature(quantize_onnx).parameters["gate"].default is inspect.Parameter.empty
-    with caplog.at_level(logging.WARNING, "hf_compress.onnx_int8"):
+    with caplog.at_level(logging.WARNING, "hf_compress.onnx.precision"):
         exported = quantize_onnx(student, gate=None, output="onnx-ungated")
     assert "without a gate" in caplog.text
     assert [measurement.metric for measurement in exported.measurements] == ["bytes"]
@@ -532,12 +524,28 @@ def test_a_gate_that_measures_nothing_is_refused(settings: dict[str, Any]) -> No
         Gate(**settings)
 
 
-def test_a_regression_has_no_classes_to_gate_on(student: Path) -> None:
-    path = student / "onnx" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_type": "regression"}))
-    (student / "compression.json").unlink()
-    with pytest.raises(ConfigurationError, match="problem_type is regression"):
-        quantize_onnx(student, gate=Gate(features=TEXTS))
+def test_numbers_are_gated_on_how_like_they_are(tmp_path: Path) -> None:
+    """A regression on its correlation over the rows, hidden states on their cosine at real tokens."""
+    torch.manual_seed(0)
+    for model in (tiny_bert_classifier(num_labels=1, problem_type="regression"), BertModel(tiny_bert_config())):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        export_onnx(folder)
+        exported = quantize_onnx(folder, gate=Gate(features=TEXTS, min_similarity=0.5))
+        similarity = exported.value("similarity_to_fp32")
+        assert 0.5 < similarity < 1
+        with pytest.raises(GateError, match=rf"is like float32 to {similarity:.4f} \(at least 1\) on 16 rows"):
+            quantize_onnx(folder, gate=Gate(features=TEXTS, min_similarity=1), output="onnx-other")
+        with pytest.raises(ConfigurationError, match="labels are classes, and the graph gives numbers"):
+            quantize_onnx(folder, gate=Gate(features=TEXTS, labels=LABELS), output="onnx-other")
+
+
+def test_several_labels_a_row_are_compared_one_by_one() -> None:
+    model = Fake()
+    model.config = PretrainedConfig(problem_type="multi_label_classification")
+    logits = torch.tensor([[0.5, -0.5], [-1.0, torch.nan]])
+    assert _decisions({"logits": logits}, {}, model, -1).tolist() == [1, 0, 0, -1]
 
 
 # Loading
@@ -723,8 +731,9 @@ def test_a_model_of_ones_own_exports(tmp_path: Path) -> None:
     model = OwnModel(OwnConfig()).eval()
     exported = export_model(model, None, tmp_path / "onnx")
     ids = torch.tensor([[1, 2, 3]])
-    session = OnnxModel(open_session(exported.folder / "model.onnx", provider="cpu"))
-    torch.testing.assert_close(session(input_ids=ids)["means"], model(input_ids=ids)["means"].detach())
+    torch.testing.assert_close(
+        load_onnx(exported.folder)(input_ids=ids)["means"], model(input_ids=ids)["means"].detach()
+    )
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -748,6 +757,7 @@ class Fake:
 
     def __init__(self, **outputs: Tensor) -> None:
         self.outputs = outputs
+        self.config: PretrainedConfig | None = None
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         return self.outputs
@@ -787,5 +797,4 @@ def test_cuda_runs_and_gives_the_models_numbers(built: Path) -> None:
     check_parity(model, reference, parity_batches(reference, None), tolerance=2e-3)  # TF32 products
     inputs = {name: value.cuda() for name, value in next(iter(parity_batches(reference, None))).items()}
     assert model(**inputs).logits.is_cuda
-    cpu = OnnxModel(open_session(built / "onnx" / "model.onnx", provider="cpu"))
-    assert cpu.device.type == "cpu"
+    assert load_onnx(built, provider="cpu").device.type == "cpu"

@@ -29,13 +29,14 @@ from rich.console import Console
 from tiny import tiny_bert_classifier, tiny_tokenizer
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from hf_compress import DistillCallback, chat, cli, facts, files, loops, networks, onnx_graph, resume
-from hf_compress import onnx as exporting
-from hf_compress.onnx_runtime import load_onnx
+from hf_compress import DistillCallback, chat, cli, facts, files, loops, networks, resume
+from hf_compress.onnx import export as exporting
+from hf_compress.onnx import graph as onnx_graph
+from hf_compress.onnx.loading import load_onnx
 from hf_compress.teachers.cache import CacheTeacher
 from hf_compress.teachers.model import load_teacher
 
-HEAVY = (exporting, evaluation)
+HEAVY = (exporting, load_onnx, evaluation)
 """Imported here once, and not in every child."""
 
 Child = Callable[..., Outcome]

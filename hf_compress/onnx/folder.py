@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
-from transformers.exporters import ExportedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION
 
-from . import facts, files, foreign, onnx_graph
-from .errors import ConfigurationError
+from hf_compress import facts, files, foreign
+from hf_compress.errors import ConfigurationError
+
+from .tracing import Traced
 
 Progress = Callable[[str], None]
 
@@ -74,7 +75,8 @@ def kept(output: Path) -> str:
     return f"The earlier export in {output} was kept." if output.exists() else f"{output} was not written."
 
 
-def write_companions(folder: Path, model: PreTrainedModel, processing_class: Any, traced: ExportedModel) -> None:
+def write_companions(folder: Path, model: PreTrainedModel, processing_class: Any, traced: Sequence[Traced]) -> None:
+    """Configs, tokenizer or processor, and the manifest that `ExportedModel` reads, without a word on this machine."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
@@ -83,11 +85,13 @@ def write_companions(folder: Path, model: PreTrainedModel, processing_class: Any
         model.generation_config.save_pretrained(folder)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
-    entry = {"file": onnx_graph.MODEL, "metadata": dataclasses.asdict(traced.components["model"].metadata)}
     manifest = {
         "schema_version": EXPORT_SCHEMA_VERSION,
-        "export_format": str(traced.export_format),
-        "components": {"model": entry},
+        "export_format": str(traced[0].exported.export_format),
+        "components": {
+            one.name: {"file": one.file, "metadata": dataclasses.asdict(one.exported.components["model"].metadata)}
+            for one in traced
+        },
     }
     files.write_text(folder / EXPORT_MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     for path in folder.glob("*config.json"):

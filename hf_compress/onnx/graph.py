@@ -7,21 +7,23 @@ leaves the axes anonymous. Both are mended here, on `onnx_ir` models, before a f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir
 
-from . import files
-from .errors import ConfigurationError, ForeignFileError
+from hf_compress import files
+from hf_compress.errors import ConfigurationError, ForeignFileError
 
 MODEL = "model.onnx"
-WEIGHTS = "model.onnx_data"
-"""The one name of external weights that Optimum fetches from a hub."""
-PLACEHOLDER = "model.onnx.data"
-"""Empty. transformers' `ExportedModel.from_pretrained` insists on a file of this name."""
+"""The graph of a model that has one."""
+WEIGHTS = "_data"
+"""Added to a graph's name: the one name of external weights that Optimum fetches from a hub."""
+PLACEHOLDER = ".data"
+"""Added to a graph's name: an empty file that transformers' `ExportedModel.from_pretrained` insists on."""
 INLINE_BYTES = 1_500_000_000
 """Weights up to this size stay inside `model.onnx`; protobuf ends at 2 GiB, graph included."""
 MAX_NODES = 100_000
@@ -68,7 +70,9 @@ def name_axes(model: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> No
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         for dimension, name in axes.get(value.name, {}).items():
-            names[_symbol(value, dimension)] = name
+            symbol = _symbol(value, dimension)
+            if symbol.isidentifier():  # else a formula of symbols that other inputs name
+                names[symbol] = name
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
     for graph in model.graphs():
         for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
@@ -105,27 +109,135 @@ def _rename(value: onnx_ir.Value, names: Mapping[str, str], pattern: re.Pattern[
     )
 
 
-def has_tied_head(model: onnx_ir.Model) -> bool:
-    """Whether one weight serves both as an embedding (Gather) and, transposed, as a head (MatMul)."""
-    return any(
-        {"Gather", "Transpose"} <= {use.node.op_type for use in value.uses()}
-        for value in model.graph.initializers.values()
+FLAG = "use_cache_branch"
+"""Input of a merged decoder, as Optimum and browser runtimes feed it: False in the first call."""
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+def reuse_cross(model: onnx_ir.Model, *, batch: str, source: str) -> None:
+    """Lets a traced first call of a decoder serve every call: what depends on the encoder alone is computed once.
+
+    The graph gets the inputs `use_cache_branch` and `past_key_values.N.encoder.*`. Keys and values of the encoder's
+    states are computed where the flag is False and handed through where it is True; the decoder's own past counts
+    only where it is True. All weights stay outside of the branches, once.
+
+    Args:
+        model: changed in place; its outputs `present.N.encoder.*` are computed from the encoder's states.
+        batch: name of the first axis of the new inputs.
+        source: name of their third.
+    """
+    graph = model.graph
+    flag = onnx_ir.Value(name=FLAG, shape=onnx_ir.Shape([1]), type=onnx_ir.TensorType(onnx_ir.DataType.BOOL))
+    graph.inputs.append(flag)
+    _empty_unless(flag, graph)
+    crossed = [value for value in graph.outputs if value.name and ".encoder." in value.name]
+    given = [_past_of(value, batch, source) for value in crossed]
+    _in_order_of_outputs(graph, given)
+    moved = _only_for(crossed)
+    made = [onnx_ir.Value(name=value.name, shape=value.shape, type=value.type) for value in crossed]
+    first = next(node for node in graph if node in moved)
+    uses = [(value, list(value.uses())) for value in crossed]
+    kept = [onnx_ir.node("Identity", [value], outputs=[_like(value, f"{value.name}.kept")]) for value in given]
+    reused = [node.outputs[0] for node in kept]
+    branch = onnx_ir.Node(
+        "",
+        "If",
+        [flag],
+        outputs=made,
+        attributes=[
+            onnx_ir.AttrGraph("then_branch", onnx_ir.Graph([], reused, nodes=kept, name="reused")),
+        ],
     )
+    graph.insert_before(first, branch)
+    inside = [node for node in graph if node in moved]
+    for (value, places), outer in zip(uses, made, strict=True):
+        for use in places:
+            if use.node not in moved:
+                use.node.replace_input_with(use.idx, outer)
+        graph.outputs[list(graph.outputs).index(value)] = outer
+        value.name = f"{value.name}.computed"
+    graph.remove(inside)
+    branch.attributes.add(onnx_ir.AttrGraph("else_branch", onnx_ir.Graph([], crossed, nodes=inside, name="computed")))
+    graph.sort()
 
 
-def save(model: onnx_ir.Model, folder: Path) -> None:
-    """Writes `model.onnx` with the weights inside, or with `model.onnx_data` above `INLINE_BYTES`.
+def _in_order_of_outputs(graph: onnx_ir.Graph, added: Sequence[onnx_ir.Value]) -> None:
+    """Puts the past after the other inputs, in the order in which it comes out: Optimum pairs them by place."""
+    past = {value.name: value for value in (*graph.inputs, *added) if value.name and value.name.startswith(_PAST)}
+    others = [value for value in graph.inputs if value.name not in past]
+    order = [value.name.replace(_PRESENT, _PAST) for value in graph.outputs if value.name]
+    graph.inputs.clear()
+    graph.inputs.extend([*others, *(past[name] for name in order if name in past)])
 
-    The empty `model.onnx.data` is written in both cases, see `PLACEHOLDER`.
+
+def _empty_unless(flag: onnx_ir.Value, graph: onnx_ir.Graph) -> None:
+    """Cuts the decoder's own past to no positions where the flag is False: some runtimes feed one of zeros."""
+    past = [value for value in graph.inputs if value.name and value.name.startswith(_PAST)]
+    nodes, most = [], np.iinfo(np.int64).max
+
+    def constant(name: str, *numbers: int) -> onnx_ir.Value:
+        value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.array(numbers, np.int64), name=name))
+        graph.register_initializer(value)
+        return value
+
+    zero, all_of_it, axis = constant("past.zero", 0), constant("past.all", most), constant("past.axis", 2)
+    nodes.append(onnx_ir.node("Where", [flag, all_of_it, zero]))
+    for value in past:
+        cut = onnx_ir.node(
+            "Slice", [value, zero, nodes[0].outputs[0], axis], outputs=[_like(value, f"{value.name}.cut")]
+        )
+        value.replace_all_uses_with(cut.outputs[0])
+        cut.replace_input_with(0, value)
+        nodes.append(cut)
+    graph.insert_before(graph[0], nodes)
+
+
+def _like(value: onnx_ir.Value, name: str) -> onnx_ir.Value:
+    return onnx_ir.Value(name=name, shape=value.shape, type=value.type)
+
+
+def _past_of(value: onnx_ir.Value, batch: str, source: str) -> onnx_ir.Value:
+    assert value.name is not None
+    assert value.shape is not None
+    _, heads, _, width = value.shape
+    name = value.name.replace(_PRESENT, _PAST)
+    return onnx_ir.Value(name=name, shape=onnx_ir.Shape([batch, heads, source, width]), type=value.type)
+
+
+def _only_for(values: Sequence[onnx_ir.Value]) -> set[onnx_ir.Node]:
+    """The nodes that serve nothing but the computation of `values`."""
+    found = {node for value in values if (node := value.producer()) is not None}
+    waiting = [*found]
+    while waiting:
+        for value in waiting.pop().inputs:
+            node = None if value is None else value.producer()
+            if node is None or node in found:
+                continue
+            uses = [use.node for output in node.outputs for use in output.uses()]
+            if all(use in found for use in uses) and not any(output.is_graph_output() for output in node.outputs):
+                found.add(node)
+                waiting.append(node)
+    return found
+
+
+def save(model: onnx_ir.Model, path: Path) -> None:
+    """Writes a graph with the weights inside, or with them in `<name>.onnx_data` above `INLINE_BYTES`.
+
+    The empty `<name>.onnx.data` is written in both cases, see `PLACEHOLDER`.
 
     Raises:
         ConfigurationError: if the file names a folder or holds source lines of the exporting machine.
     """
     tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     large = sum(tensor.nbytes for tensor in tensors) > INLINE_BYTES
-    onnx_ir.save(model, str(folder / MODEL), external_data=WEIGHTS if large else None)
-    (folder / PLACEHOLDER).touch()
-    check_private(folder / MODEL)
+    onnx_ir.save(model, str(path), external_data=path.name + WEIGHTS if large else None)
+    path.with_name(path.name + PLACEHOLDER).touch()
+    check_private(path)
+
+
+def files_of(folder: Path) -> tuple[Path, ...]:
+    """The graphs of a variant, sorted."""
+    return tuple(sorted(folder.glob("*.onnx")))
 
 
 def check_private(path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 
-from .errors import ParityError
+from hf_compress.errors import ParityError
 
 Inputs = dict[str, Tensor]
 
@@ -80,13 +80,56 @@ def _difference(name: str, found: Tensor | None, expected: Tensor, batch: Inputs
 
 
 def parity_batches(model: PreTrainedModel, processing_class: Any) -> Iterator[Inputs]:
-    """Invented inputs over `SHAPES`, padded right and left (images: over batch sizes)."""
+    """Invented inputs over `SHAPES`, padded right and left (images and sound: over batch sizes)."""
     limit = longest(model, processing_class)
     text = model.main_input_name == "input_ids"
     sides: tuple[Literal["left", "right"], ...] = ("left", "right") if text else ("right",)
     for batch, time in SHAPES:
         for side in sides:
-            yield example(model, processing_class, batch, min(time, limit or time), side=side)
+            inputs = example(model, processing_class, batch, min(time, limit or time), side=side)
+            if getattr(model.config, "is_encoder_decoder", False):
+                inputs["decoder_input_ids"] = _targets(model.config, batch, time)
+            yield inputs
+
+
+def _targets(config: PretrainedConfig, batch: int, time: int) -> Tensor:
+    most = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None) or time
+    generator = torch.Generator().manual_seed(time)
+    return torch.randint(config.vocab_size, (batch, min(time, most)), generator=generator)
+
+
+def in_two_calls(model: PreTrainedModel, cache_name: str = "cache") -> Callable[..., Mapping[str, Tensor]]:
+    """A language model that is asked twice: half of the tokens, then the rest with what the first call left.
+
+    Args:
+        model: a torch model, or an exported one.
+        cache_name: of the argument that takes the cache.
+
+    Returns:
+        A function of the batch to `logits` of all positions (batch, time, vocabulary).
+    """
+    known = inspect.signature(model.forward).parameters
+    ids_name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+
+    def run(**batch: Tensor) -> Mapping[str, Tensor]:
+        ids = batch.pop(ids_name)
+        first = ids.shape[1] // 2
+        mask = batch.get("attention_mask")
+        own, cache = EncoderDecoderCache(DynamicCache(), DynamicCache()), DynamicCache()
+        logits = []
+        for start, end in ((0, first), (first, ids.shape[1])):
+            if start == end:
+                continue
+            if ids_name == "input_ids" and mask is not None:
+                batch["attention_mask"] = mask[:, :end]
+                if "position_ids" in known:
+                    batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
+            past = own if ids_name == "decoder_input_ids" else cache
+            output = model(**batch, **{ids_name: ids[:, start:end], cache_name: past}, use_cache=True)
+            logits.append(output.logits)
+        return {"logits": torch.cat(logits, 1)}
+
+    return run
 
 
 def shape_of(batch: Inputs) -> tuple[int, ...]:
@@ -108,6 +151,9 @@ def example(
         return own
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(batch, *_image_shape(model.config, processing_class), generator=generator)}
+    if model.main_input_name == "input_features":  # a log-mel spectrogram of fixed length, as Whisper takes it
+        shape = (batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        return {"input_features": torch.randn(shape, generator=generator)}
     config = model.config.get_text_config()
     ids = torch.randint(config.vocab_size, (batch, time), generator=generator)
     named = getattr(config, "pad_token_id", None)

@@ -1,0 +1,155 @@
+"""A student folder, or a model in memory, into a folder of ONNX graphs that were compared with it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress import facts, files, foreign
+from hf_compress.errors import ConfigurationError, ForeignFileError, ParityError
+
+from . import graph, tracing
+from .folder import (
+    Exported,
+    Progress,
+    check_output,
+    kept,
+    load_processing,
+    measured_folder,
+    record,
+    tell,
+    write_companions,
+)
+from .loading import open_folder
+from .parity import TOLERANCE, Parity, check_parity, in_two_calls, parity_batches, shape_of
+
+logger = logging.getLogger(__name__)
+
+_AUTO_CLASSES = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
+    "AutoModelForCTC",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModel",
+)
+
+
+def export_onnx(folder: Path, *, output: Path | None = None, progress: Progress | None = None) -> Exported:
+    """Exports a student folder to float32 ONNX, proves parity and records both in its compression.json.
+
+    Args:
+        folder: as `save_pretrained` left it, with safetensors; no code from it is run.
+        output: the variant's folder, by default `folder/onnx`. Outside of `folder` nothing is recorded.
+        progress: called with the name of each stage as it begins.
+
+    Raises:
+        ForeignFileError: if weights are missing, or are no safetensors.
+        ConfigurationError: if the model cannot be exported.
+        ParityError: if the written graph does not give the model's numbers; an earlier export is kept.
+    """
+    folder = Path(folder)
+    output = folder / "onnx" if output is None else Path(output)
+    tell(progress, "load")
+    model, processing_class = _load(folder)
+    exported = export_model(model, processing_class, output, progress=progress)
+    record(folder, exported)
+    return exported
+
+
+def export_model(
+    model: PreTrainedModel, processing_class: Any, output: Path, *, progress: Progress | None = None
+) -> Exported:
+    """Exports a model in memory; the model itself is left as it is, mode, dtype and device included.
+
+    Args:
+        model: without hooks; what hangs under `model.distiller` is left out.
+        processing_class: the tokenizer or processor, saved beside the graph; None if there is none.
+        output: the variant's folder; replaced if it holds an earlier export.
+        progress: called with the name of each stage as it begins.
+
+    Raises:
+        ConfigurationError: if the model cannot be exported, or `output` holds other things.
+        ParityError: if the written graph does not give the model's numbers; an earlier export is kept.
+    """
+    output = Path(output)
+    check_output(output)
+    clean = tracing.clean(model)
+    tell(progress, "trace")
+    traced = [tracing.trace(part, clean) for part in tracing.parts(clean, processing_class)]
+    with files.atomic_folder(output) as part:
+        tell(progress, "write")
+        for one in traced:
+            graph.save(one.exported.program, part / one.file)
+        write_companions(part, model, processing_class, traced)
+        tell(progress, "parity")
+        try:
+            parity, how = prove(part, clean, processing_class)
+        except ParityError as error:
+            raise ParityError(f"{error} {kept(output)}") from error
+    return measured_folder(output, [("parity_max_abs_diff", parity.max_abs_diff, "absolute", how)])
+
+
+def prove(folder: Path, model: PreTrainedModel, processing_class: Any) -> tuple[Parity, dict[str, facts.Setting]]:
+    """Compares every graph of a written folder with the clean model, and says over what.
+
+    Raises:
+        ParityError: if one does not give the model's numbers.
+    """
+    own = tracing.named_parts(model)
+    found, shapes = [], set()
+    for name, module in own.items() if own else [(None, model)]:
+        batches = tuple(parity_batches(module, processing_class))
+        loaded = open_folder(folder, graph=name, config=model.config, provider="cpu")
+        cached = loaded.can_generate()
+        ours, theirs = (in_two_calls(each, tracing.cache_name(model)) if cached else each for each in (loaded, module))
+        found.append(check_parity(ours, theirs, batches))
+        shapes |= {"x".join(map(str, shape_of(batch))) for batch in batches}
+    how: dict[str, facts.Setting] = {
+        "shapes": list[facts.Setting](sorted(shapes)),
+        "padding": ["left", "right"] if model.main_input_name == "input_ids" else [],
+        "provider": loaded.provider,
+        "tolerance": TOLERANCE,
+    }
+    if cached:
+        how["calls"] = "half of the tokens, then the rest with the cache"
+    return max(found, key=lambda parity: parity.max_abs_diff), how
+
+
+def _load(folder: Path) -> tuple[PreTrainedModel, Any]:
+    auto = _auto_class(foreign.config(folder, local_files_only=True))
+    with foreign.loading(folder, "with safetensors weights", "Save the student with `save_pretrained`."):
+        model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True, **foreign.SAFE)
+    if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise ForeignFileError(
+            folder,
+            f"lacks {len(lacking)} weights of {type(model).__name__} or has them in another shape, e.g. "
+            f"{', '.join(lacking[:3])}; they would be random numbers.",
+            "Save the student with `save_pretrained`, or mend `architectures` in its config.json.",
+        )
+    if spare := sorted(key for key in info["unexpected_keys"] if not key.startswith("distiller.")):
+        logger.warning("%s: %d weights are not exported, %s has no place for them: %s.",
+                       folder.name, len(spare), type(model).__name__, ", ".join(spare[:3]))  # fmt: skip
+    return model, load_processing(folder)
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class that builds `config.architectures[0]`; registered classes of third parties are found too."""
+    names = config.architectures or []
+    for auto in (getattr(transformers, name) for name in _AUTO_CLASSES):
+        found = auto._model_mapping.get(type(config), ())
+        if any(kind.__name__ in names[:1] for kind in (found if isinstance(found, tuple) else (found,))):
+            return auto
+    raise ConfigurationError(
+        f"config.json names the architectures {names}, which none of {', '.join(_AUTO_CLASSES)} builds for "
+        f"{config.model_type!r}. Register the class with its Auto class, or pass the model to `export_model`."
+    )
