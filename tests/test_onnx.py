@@ -88,14 +88,14 @@ def student(built: Path, tmp_path: Path) -> Path:
 def traced() -> ExportedModel:
     clean = tracing.clean(tiny_bert_classifier())
     (part,) = tracing.parts(clean, None)
-    return tracing.trace(part, clean).exported
+    return tracing.trace(part).exported
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, traced: ExportedModel) -> ExportedModel:
     """Spares the seconds of tracing where a test is about what comes after."""
     mine = copy.copy(traced)
-    monkeypatch.setattr(tracing, "trace", lambda part, model: tracing.Traced(name="model", exported=mine))
+    monkeypatch.setattr(tracing, "trace", lambda part: tracing.Traced(name="model", exported=mine))
     return mine
 
 

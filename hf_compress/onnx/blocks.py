@@ -6,7 +6,9 @@ A table that is embedding and head at once is stored once: both read the same by
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -87,14 +89,23 @@ def _share(model: onnx_ir.Model, value: onnx_ir.Value, gathers: list[onnx_ir.Nod
 
 def _eight_bits(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(row, block, `BLOCK`) uint8 around 128, and (row, block) scales, of (row, width) numbers."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
-
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=8)
-    packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(table.T))
+    library = _library()
+    config = library.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=8)
+    quantizer = library.DefaultWeightOnlyQuantizer(config)
+    packed, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(table.T))
     return packed, scales.reshape(len(table), -1)
+
+
+def _library() -> Any:
+    """onnxruntime's quantiser, without what importing it does to the root logger, and without a line for each node."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        from onnxruntime.quantization import matmul_nbits_quantizer
+    finally:
+        root.handlers[:], root.level = handlers, level
+    matmul_nbits_quantizer.logger.setLevel(logging.WARNING)
+    return matmul_nbits_quantizer
 
 
 def _initializer(graph: onnx_ir.Graph, name: str, content: np.ndarray) -> onnx_ir.Value:
@@ -132,13 +143,12 @@ def quantize_products(model: onnx_ir.Model, bits: int, *, gently: bool = False) 
 
 
 def _in_blocks(proto: onnx.ModelProto, bits: int, excluded: list[str]) -> onnx.ModelProto:
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    quantizer = MatMulNBitsQuantizer(
+    quantizer = _library().MatMulNBitsQuantizer(
         proto, bits=bits, block_size=BLOCK, is_symmetric=True, accuracy_level=_ACCURACY, nodes_to_exclude=excluded
     )
     quantizer.process()
-    return quantizer.model.model
+    found: onnx.ModelProto = quantizer.model.model
+    return found
 
 
 def _narrowing(graph: onnx.GraphProto) -> Iterator[str]:

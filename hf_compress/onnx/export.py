@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from .folder import (
     write_companions,
 )
 from .loading import open_folder
-from .parity import TOLERANCE, Parity, check_parity, in_two_calls, parity_batches, shape_of
+from .parity import TOLERANCE, Parity, check_parity, in_two_calls, parity_batches, shape_of, with_other_rounding
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def export_model(
     check_output(output)
     clean = tracing.clean(model)
     tell(progress, "trace")
-    traced = [tracing.trace(part, clean) for part in tracing.parts(clean, processing_class)]
+    traced = [tracing.trace(part) for part in tracing.parts(clean, processing_class)]
     with files.atomic_folder(output) as part:
         tell(progress, "write")
         for one in traced:
@@ -105,14 +107,14 @@ def prove(folder: Path, model: PreTrainedModel, processing_class: Any) -> tuple[
     Raises:
         ParityError: if one does not give the model's numbers.
     """
-    own = tracing.named_parts(model)
-    found, shapes = [], set()
-    for name, module in own.items() if own else [(None, model)]:
+    parts: Mapping[str | None, PreTrainedModel] = {**tracing.named_parts(model)} or {None: model}
+    found, shapes = [], set[str]()
+    for name, module in parts.items():
         batches = tuple(parity_batches(module, processing_class))
         loaded = open_folder(folder, graph=name, config=model.config, provider="cpu")
-        cached = loaded.can_generate()
-        ours, theirs = (in_two_calls(each, tracing.cache_name(model)) if cached else each for each in (loaded, module))
-        found.append(check_parity(ours, theirs, batches))
+        call = partial(in_two_calls, cache_name=tracing.cache_name(model)) if loaded.can_generate() else _as_it_is
+        rounded = partial(_rounded, call, module)
+        found.append(check_parity(call(loaded), call(module), batches, rounded=rounded))
         shapes |= {"x".join(map(str, shape_of(batch))) for batch in batches}
     how: dict[str, facts.Setting] = {
         "shapes": list[facts.Setting](sorted(shapes)),
@@ -120,9 +122,17 @@ def prove(folder: Path, model: PreTrainedModel, processing_class: Any) -> tuple[
         "provider": loaded.provider,
         "tolerance": TOLERANCE,
     }
-    if cached:
+    if loaded.can_generate():
         how["calls"] = "half of the tokens, then the rest with the cache"
     return max(found, key=lambda parity: parity.max_abs_diff), how
+
+
+def _as_it_is(model: Any) -> Any:
+    return model
+
+
+def _rounded(call: Callable[[Any], Any], model: PreTrainedModel) -> Any:
+    return call(with_other_rounding(model))
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,8 @@ Inputs = dict[str, Tensor]
 
 TOLERANCE = 1e-4
 """Allowed |difference| of an output, times 1 + |output|; measured on real encoders: 1e-7 to 2e-5."""
+ROUNDING = 10
+"""Times what a change of the last bit of all weights makes, where float32 leaves an output undetermined."""
 SHAPES = ((1, 1), (3, 11), (5, 64))
 """(batch, time) of the parity check; time is capped by what the model takes."""
 
@@ -38,38 +41,54 @@ def check_parity(
     batches: Iterable[Inputs],
     *,
     tolerance: float = TOLERANCE,
+    rounded: Callable[[], Callable[..., Mapping[str, Tensor]]] | None = None,
 ) -> Parity:
     """Compares every output of a graph with the model's: |difference| at most tolerance · (1 + |output|).
+
+    Some numbers float32 does not determine: SmolLM2 after two random tokens moves by 0.002 between float32 and
+    float64. Where the limit is missed and `rounded` is given, `ROUNDING` times what it differs is allowed beside.
 
     Args:
         candidate: e.g. an `OnnxModel`; called with the tensors of a batch by name.
         model: the torch model, in eval mode.
         batches: e.g. `parity_batches(model, tokenizer)`.
         tolerance: absolute and relative at once.
+        rounded: makes the model with weights that differ in their last bit; called when it is needed.
 
     Raises:
         ParityError: for the first output that is missing, of another shape, or too far off: how far, where.
     """
     worst = Parity(max_abs_diff=0.0, output="", shape=())
+    other: Callable[..., Mapping[str, Tensor]] | None = None
     for batch in batches:
         with torch.no_grad():
             expected = {name: value for name, value in model(**batch).items() if isinstance(value, Tensor)}
         found = candidate(**batch)
         for name, value in expected.items():
-            difference = _difference(name, found.get(name), value, batch, tolerance)
+            try:
+                difference = _difference(name, found.get(name), value, batch, tolerance)
+            except ParityError:
+                if rounded is None or found.get(name) is None or found[name].shape != value.shape:
+                    raise
+                other = rounded() if other is None else other
+                with torch.no_grad():
+                    slack = ROUNDING * (other(**batch)[name] - value).abs().amax(-1, keepdim=True)
+                difference = _difference(name, found.get(name), value, batch, tolerance, slack)
             if difference >= worst.max_abs_diff:
                 worst = Parity(max_abs_diff=difference, output=name, shape=shape_of(batch))
     return worst
 
 
-def _difference(name: str, found: Tensor | None, expected: Tensor, batch: Inputs, tolerance: float) -> float:
+def _difference(
+    name: str, found: Tensor | None, expected: Tensor, batch: Inputs, tolerance: float, slack: Tensor | float = 0.0
+) -> float:
     where = f"{name}, batch of shape {shape_of(batch)}"
     if found is None or found.shape != expected.shape:
         shape = None if found is None else tuple(found.shape)
         raise ParityError(f"{where}: the graph gives shape {shape}, the model {tuple(expected.shape)}.")
     found, expected = found.cpu().double(), expected.cpu().double()
     gap = torch.where(found == expected, 0.0, (found - expected).abs()).nan_to_num(nan=math.inf)  # -inf equals -inf
-    excess = gap > tolerance * (1 + expected.abs())
+    excess = ~(gap <= tolerance * (1 + expected.abs()) + slack)
     largest = gap.max().item() if gap.numel() else 0.0
     if excess.any():
         raise ParityError(
@@ -77,6 +96,17 @@ def _difference(name: str, found: Tensor | None, expected: Tensor, batch: Inputs
             f"{gap.numel()} values), allowed is {tolerance:g} x (1 + |output|)."
         )
     return largest
+
+
+def with_other_rounding(model: nn.Module) -> nn.Module:
+    """A copy whose weights differ in their last bit, at random."""
+    copied = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(0)
+    step = torch.finfo(torch.float32).eps
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.mul_(1 + step * (torch.randint(3, weight.shape, generator=draw) - 1))
+    return copied
 
 
 def parity_batches(model: PreTrainedModel, processing_class: Any) -> Iterator[Inputs]:

@@ -336,18 +336,17 @@ def _encoder_decoder(model: PreTrainedModel) -> tuple[Part, Part]:
     )
 
 
-def trace(part: Part, model: PreTrainedModel) -> Traced:
+def trace(part: Part) -> Traced:
     """One graph, with named axes and without metadata.
 
     Args:
         part: of `parts(model)`.
-        model: the clean model, for the longest sequence that it takes.
 
     Raises:
         ConfigurationError: if an axis that should vary came out as a number.
     """
     sample = pytree.tree_map(lambda value: value, dict(part.sample))  # the exporter takes entries out of it
-    most = {TIME: longest(model, None)} if part.name == MODEL and PAST not in str(part.axes) else {}
+    most = {TIME: longest(part.module, None)} if isinstance(part.module, PreTrainedModel) else {}
     plain = not any(isinstance(value, Mapping) for value in part.sample.values())
     names = {axis for axes in _leaves(part.axes).values() for axis in axes if axis is not None}
     dims = {axis: _dimension(axis, most.get(axis)) if plain else Dim.AUTO for axis in names}

