@@ -179,17 +179,11 @@ def test_text_streams_and_the_pipeline_answers_like_torch(causal: Path) -> None:
     )
     assert ours == theirs
     streamer = TextIteratorStreamer(tokenizer, timeout=30)
-    model.generate(
-        **tokenizer(TEXTS[0], return_tensors="pt", return_token_type_ids=False), streamer=streamer, **settings
-    )
+    prompt = tokenizer(TEXTS[0], return_tensors="pt", return_token_type_ids=False)
+    model.generate(**prompt, streamer=streamer, **settings)
     pieces = list(streamer)
     assert len(pieces) > 3
-    assert (
-        "".join(pieces).split()
-        == tokenizer.decode(
-            model.generate(**tokenizer(TEXTS[0], return_tensors="pt", return_token_type_ids=False), **settings)[0]
-        ).split()
-    )
+    assert "".join(pieces).split() == tokenizer.decode(model.generate(**prompt, **settings)[0]).split()
 
 
 @pytest.mark.slow
@@ -332,13 +326,8 @@ def test_a_way_that_misses_the_gate_is_undone_and_said(causal: Path, monkeypatch
     said: list[str] = []
     gate = Gate(features=TEXTS, max_rise=0.5, min_agreement=0.5)
     exported = quantize_onnx(causal, gate=gate, output="onnx-other", progress=said.append)
-    assert [line.split(":")[0] for line in said] == [
-        "quantise",
-        "gate",
-        "undone, the next way follows",
-        "quantise",
-        "gate",
-    ]
+    stages = [line.split(":")[0] for line in said]
+    assert stages == ["quantise", "gate", "undone, the next way follows", "quantise", "gate"]
     assert "raises perplexity by" in said[2]
     way = {one.how["way"] for one in exported.measurements if one.metric == "perplexity_rise"}
     assert way == {"8 bit blocks, tables float32"}
@@ -377,15 +366,8 @@ def test_an_unknown_precision_is_refused(causal: Path) -> None:
 def test_a_graph_without_products_has_nothing_to_quantise() -> None:
     assert precision._operators(onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10)) == []
 
+    # Named graphs, evaluator
 
-# Named graphs, evaluator
-
-
-class Exits(torch.nn.Module):
-    """The model cut after each layer, as a graph of its own."""
-
-
-def test_a_class_names_its_graphs(tmp_path: Path) -> None:
     model = tiny_bert_classifier()
     full = model.bert
     model.export_parts = lambda: {"backbone": full, "whole": model}  # type: ignore[assignment]
@@ -397,7 +379,7 @@ def test_a_class_names_its_graphs(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, full(ids).last_hidden_state)
     with pytest.raises(ConfigurationError, match="holds the graphs backbone, whole: name one"):
         load_onnx(tmp_path)
-    with pytest.raises(UnknownNameError, match="There is no graph 'hole'. Did you mean 'whole'"):
+    with pytest.raises(UnknownNameError, match=r"There is no graph 'hole'\. Did you mean 'whole'"):
         load_onnx(tmp_path, graph="hole")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ def prove(folder: Path, model: PreTrainedModel, processing_class: Any) -> tuple[
     Raises:
         ParityError: if one does not give the model's numbers.
     """
-    parts: Mapping[str | None, PreTrainedModel] = {**tracing.named_parts(model)} or {None: model}
+    parts = [*tracing.named_parts(model).items()] or [(None, model)]
     found, shapes = [], set[str]()
-    for name, module in parts.items():
+    for name, module in parts:
         batches = tuple(parity_batches(module, processing_class))
         loaded = open_folder(folder, graph=name, config=model.config, provider="cpu")
         call = partial(in_two_calls, cache_name=tracing.cache_name(model)) if loaded.can_generate() else _as_it_is

@@ -137,8 +137,11 @@ def _generate(case: Case, model: Any, inputs: Mapping[str, Tensor], **settings: 
 def _same_tokens(case: Case, models: Mapping[str, Any]) -> dict[str, bool]:
     """Whether ONNX float32 gives torch's tokens: greedy, by beams, sampled."""
     inputs, found = _encoded(case), {}
-    ways: Mapping[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "4 beams": {"num_beams": 4, "do_sample": False},
-            "sampled": {"do_sample": True, "top_k": 20}}  # fmt: skip
+    ways: Mapping[str, dict[str, Any]] = {
+        "greedy": {"do_sample": False},
+        "4 beams": {"num_beams": 4, "do_sample": False},
+        "sampled": {"do_sample": True, "top_k": 20},
+    }
     for way, settings in ways.items():
         made = []
         for kind in ("torch", "onnx"):
