@@ -368,6 +368,8 @@ def test_a_graph_without_products_has_nothing_to_quantise() -> None:
 
     # Named graphs, evaluator
 
+
+def test_a_class_names_its_graphs(tmp_path: Path) -> None:
     model = tiny_bert_classifier()
     full = model.bert
     model.export_parts = lambda: {"backbone": full, "whole": model}  # type: ignore[assignment]

@@ -107,7 +107,7 @@ def prove(folder: Path, model: PreTrainedModel, processing_class: Any) -> tuple[
     Raises:
         ParityError: if one does not give the model's numbers.
     """
-    parts = [*tracing.named_parts(model).items()] or [(None, model)]
+    parts: list[tuple[str | None, PreTrainedModel]] = [*tracing.named_parts(model).items()] or [(None, model)]
     found, shapes = [], set[str]()
     for name, module in parts:
         batches = tuple(parity_batches(module, processing_class))
