@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -781,6 +782,31 @@ def test_the_vocabulary_of_the_helpers_fits() -> None:
     assert tiny_tokenizer().vocab_size == len(VOCAB) == tiny_bert_config().vocab_size
 
 
+def test_tensorrt_is_asked_for_with_profiles_and_a_kept_engine(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ONNX Runtime is asked for; the provider itself needs a GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked: list[Any] = []
+    known = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: asked.append(providers))
+    sizes = {"batch_size": (1, 8, 32), "sequence_length": (1, 16, 64)}
+    with contextlib.suppress(AttributeError):
+        load_onnx(built, provider="tensorrt", shapes=sizes, options={"trt_fp16_enable": True})
+    (name, given), *others = asked[0]
+    assert [name, *others] == known
+    assert given["trt_profile_opt_shapes"] == "input_ids:8x16,attention_mask:8x16,token_type_ids:8x16"
+    assert given["trt_profile_max_shapes"].startswith("input_ids:32x64,")
+    assert given["trt_fp16_enable"]
+    assert given["trt_engine_cache_enable"]
+    assert Path(given["trt_engine_cache_path"]).parent == tmp_path / "hf_compress" / "tensorrt"
+    with pytest.raises(
+        ConfigurationError, match=r"input_ids has the axes batch_size, sequence_length, and sequence_len"
+    ):
+        load_onnx(built, provider="tensorrt", shapes={"batch_size": (1, 8, 32)})
+
+
 @pytest.fixture
 def cuda() -> None:
     if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -798,3 +824,27 @@ def test_cuda_runs_and_gives_the_models_numbers(built: Path) -> None:
     inputs = {name: value.cuda() for name, value in next(iter(parity_batches(reference, None))).items()}
     assert model(**inputs).logits.is_cuda
     assert load_onnx(built, provider="cpu").device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_half_precision_runs_on_the_gpu_like_float32(student: Path, provider: str) -> None:
+    if provider == "tensorrt" and "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs TensorRT")
+    quantize_onnx(student, precision="fp16", gate=Gate(features=TEXTS, min_agreement=0.9))
+    sizes = {"batch_size": (1, 3, 8), "sequence_length": (1, 16, 64)}
+    shapes = sizes if provider == "tensorrt" else None
+    model = load_onnx(student / "onnx-fp16", provider=provider, shapes=shapes)
+    reference = AutoModelForSequenceClassification.from_pretrained(student).eval()
+    check_parity(model, reference, parity_batches(reference, None), tolerance=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_a_cuda_graph_replays_one_shape(built: Path) -> None:
+    model = load_onnx(built, provider="cuda", options={"enable_cuda_graph": "1"})
+    ids = {"input_ids": torch.full((2, 8), 8).cuda(), "attention_mask": torch.ones(2, 8, dtype=torch.long).cuda()}
+    first, second = model(**ids).logits, model(**ids).logits
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first.cpu(), load_onnx(built, provider="cpu")(**ids).logits, atol=2e-3, rtol=2e-3)

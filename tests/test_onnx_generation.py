@@ -363,10 +363,13 @@ def test_an_unknown_precision_is_refused(causal: Path) -> None:
         quantize_onnx(causal, gate=None, precision="int2")
 
 
-def test_a_graph_without_products_has_nothing_to_quantise() -> None:
-    assert precision._operators(onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10)) == []
+def test_a_way_that_changes_nothing_is_an_error(causal: Path, tmp_path: Path) -> None:
+    same = precision.Way(said="", make=lambda program: program)
+    with pytest.raises(ConfigurationError, match="holds no products or tables of constants: nothing to quantise"):
+        precision._write(causal / "onnx", tmp_path, same)
 
-    # Named graphs, evaluator
+
+# Named graphs, evaluator
 
 
 def test_a_class_names_its_graphs(tmp_path: Path) -> None:

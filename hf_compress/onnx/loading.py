@@ -5,7 +5,10 @@ ONNX Runtime loads flipped bytes without a word; here a file that differs from i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
@@ -14,7 +17,7 @@ from hf_compress.errors import ConfigurationError, ForeignFileError, UnknownName
 
 from . import graph as graphs
 from .models import OnnxCausalLM, OnnxModel, OnnxSeq2SeqLM, OnnxWhisper
-from .runtime import OnnxGraph, open_session
+from .runtime import OnnxGraph, Shapes, open_session
 from .tracing import DECODER, ENCODER
 
 _RECORD_LEVELS = 3
@@ -22,17 +25,27 @@ _RECORD_LEVELS = 3
 
 
 def load_onnx(
-    folder: Path, *, graph: str | None = None, provider: str = "auto", threads: int | None = None
+    folder: Path,
+    *,
+    graph: str | None = None,
+    provider: str = "auto",
+    threads: int | None = None,
+    shapes: Shapes | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> OnnxModel | OnnxCausalLM | OnnxSeq2SeqLM:
     """Opens an exported folder on ONNX Runtime.
 
     Args:
         folder: a variant (`student/onnx-int8`) or a student folder, then its `onnx/`.
         graph: which of several, by name, e.g. "encoder_model"; None: the folder's one model, or encoder and decoder.
-        provider: "auto" (CUDA where ONNX Runtime and torch both have it, else the CPU), "cpu", "cuda", or a provider's
-            full name. What was asked for runs, or this raises.
+        provider: "auto" (CUDA where ONNX Runtime and torch both have it, else the CPU), "cpu", "cuda", "tensorrt", or
+            a provider's full name. What was asked for runs, or this raises.
         threads: within one operation on the CPU; None takes `torch.get_num_threads()`, because ONNX Runtime's own
             default is every core of the machine.
+        shapes: for TensorRT, {"batch_size": (1, 8, 32), "sequence_length": (1, 64, 512)}: least, usual and largest
+            sizes, for which one engine is built and kept; None: an engine for each new size.
+        options: of the provider, as ONNX Runtime names them, e.g. {"enable_cuda_graph": "1"}, which replays a graph
+            of one fixed shape, or {"trt_fp16_enable": True}.
 
     Returns:
         A model that pipelines take, and `generate` where the graph keeps a cache.
@@ -46,7 +59,7 @@ def load_onnx(
     """
     folder = variant_of(Path(folder))
     check_hashes(folder)
-    model = open_folder(folder, graph=graph, provider=provider, threads=threads)
+    model = open_folder(folder, graph=graph, provider=provider, threads=threads, shapes=shapes, options=options)
     model.name_or_path = folder.name
     return model
 
@@ -56,16 +69,18 @@ def open_folder(
     *,
     graph: str | None = None,
     config: PreTrainedConfig | None = None,
-    provider: str = "auto",
-    threads: int | None = None,
+    **running: Any,
 ) -> OnnxModel | OnnxCausalLM | OnnxSeq2SeqLM:
-    """As `load_onnx`, of exactly this folder, without a look at its record, and with `config` if it is given."""
+    """As `load_onnx`, of exactly this folder, without a look at its record, and with `config` if it is given.
+
+    `running` is of `open_session`: provider, threads, shapes, options.
+    """
     names = [path.stem for path in graphs.files_of(folder)]
 
     def opened(name: str) -> OnnxGraph:
         path = folder / f"{name}.onnx"
         graphs.check_external(path)
-        return OnnxGraph(open_session(path, provider=provider, threads=threads))
+        return OnnxGraph(open_session(path, **running))
 
     config = _config(folder) if config is None else config
     if graph is None and {ENCODER, DECODER} <= set(names):

@@ -5,19 +5,26 @@ ONNX Runtime falls back to the CPU with a log line when a provider cannot be had
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor
 from transformers.exporters.metadata import ExportMetadata
 from transformers.modeling_outputs import ModelOutput
 
-from hf_compress.errors import ConfigurationError, ForeignFileError, ProviderError
+from hf_compress import files
+from hf_compress.errors import ConfigurationError, ForeignFileError, HfCompressError, ProviderError
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": "TensorrtExecutionProvider"}
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
+Shapes = Mapping[str, tuple[int, int, int]]
+"""By the name of an axis, such as `batch_size`: its least, usual and largest size."""
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -91,7 +98,14 @@ class OnnxGraph:
         return {name: torch.as_tensor(given[name]).to(dtype) for name, dtype in self._dtypes.items()}
 
 
-def open_session(path: Path, *, provider: str = "auto", threads: int | None = None) -> Any:
+def open_session(
+    path: Path,
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    shapes: Shapes | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """An `onnxruntime.InferenceSession` on exactly the provider that was asked for; see `load_onnx`."""
     if util.find_spec("onnxruntime") is None:
         raise ConfigurationError(
@@ -109,12 +123,15 @@ def open_session(path: Path, *, provider: str = "auto", threads: int | None = No
             f"{wanted} was asked for, and {installed} has {', '.join(available)}. For CUDA: `pip uninstall {installed}`"
             ', then `pip install "hf-compress[gpu]"`. Or pass provider="auto" to take what there is.'
         )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = threads or torch.get_num_threads()
     if wanted == CPU:  # the fusion is slower than what it replaces: 26.3 against 23.1 ms, MiniLM-L6, 1 x 128, 1 thread
-        options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
+        session_options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[wanted] + [CPU] * (wanted != CPU))
+        providers = _with_fallbacks(wanted, path, shapes, options)
+        session = onnxruntime.InferenceSession(str(path), session_options, providers=providers)
+    except HfCompressError:
+        raise
     except Exception as error:  # ONNX Runtime raises a type of its own per status code, without a common base
         raise ForeignFileError(
             path, f"does not load in ONNX Runtime ({error}).", "Export or fetch it again."
@@ -125,6 +142,53 @@ def open_session(path: Path, *, provider: str = "auto", threads: int | None = No
             'cuDNN libraries are missing or of another major version. Mend them, or pass provider="cpu".'
         )
     return session
+
+
+def _with_fallbacks(wanted: str, path: Path, shapes: Shapes | None, options: Mapping[str, Any]) -> list[Any]:
+    """The provider, and those that take the nodes that it has no kernel for."""
+    if wanted == CPU:
+        return [CPU]
+    if wanted != TENSORRT:
+        return [(wanted, dict(options)) if options else wanted, CPU]
+    return [(TENSORRT, {**_engines(path), **_profiles(path, shapes), **options}), CUDA, CPU]
+
+
+def _engines(path: Path) -> dict[str, Any]:
+    """Engines are built once for a graph's bytes: building takes minutes. They lie in the user's cache."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_compress" / "tensorrt"
+    place = str(folder / files.sha256(path)[:16])
+    return {
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": place,
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": place,
+    }
+
+
+def _profiles(path: Path, shapes: Shapes | None) -> dict[str, str]:
+    """TensorRT's least, usual and largest size of each input; without them it builds an engine for every new size.
+
+    Raises:
+        ConfigurationError: for a size that an input's axis is named for and `shapes` does not give.
+    """
+    if shapes is None:
+        return {}
+    said: dict[str, list[str]] = {
+        "trt_profile_min_shapes": [],
+        "trt_profile_opt_shapes": [],
+        "trt_profile_max_shapes": [],
+    }
+    for value in onnx.load(str(path), load_external_data=False).graph.input:
+        axes = [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        if missing := [axis for axis in axes if isinstance(axis, str) and axis not in shapes]:
+            raise ConfigurationError(
+                f"shapes: {value.name} has the axes {', '.join(map(str, axes))}, and {', '.join(missing)} has no "
+                f"(least, usual, largest) size."
+            )
+        for place, lines in enumerate(said.values()):
+            sizes = [shapes[axis][place] if isinstance(axis, str) else axis for axis in axes]
+            lines.append(f"{value.name}:{'x'.join(map(str, sizes))}")
+    return {name: ",".join(lines) for name, lines in said.items()}
 
 
 def _one_distribution() -> str:
