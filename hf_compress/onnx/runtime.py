@@ -93,10 +93,7 @@ class OnnxGraph:
 
 def open_session(path: Path, *, provider: str = "auto", threads: int | None = None) -> Any:
     """An `onnxruntime.InferenceSession` on exactly the provider that was asked for; see `load_onnx`."""
-    if util.find_spec("onnxruntime") is None:
-        raise ConfigurationError(
-            'onnxruntime is not installed. Run `pip install "hf-compress[cpu]"`, or "hf-compress[gpu]" for CUDA.'
-        )
+    check_installed()
     installed = _one_distribution()
     import onnxruntime
 
@@ -125,6 +122,14 @@ def open_session(path: Path, *, provider: str = "auto", threads: int | None = No
             'cuDNN libraries are missing or of another major version. Mend them, or pass provider="cpu".'
         )
     return session
+
+
+def check_installed() -> None:
+    """Refuses to go on without ONNX Runtime, with the line that installs it."""
+    if util.find_spec("onnxruntime") is None:
+        raise ConfigurationError(
+            'onnxruntime is not installed. Run `pip install "hf-compress[cpu]"`, or "hf-compress[gpu]" for CUDA.'
+        )
 
 
 def _one_distribution() -> str:
