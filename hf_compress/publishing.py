@@ -318,14 +318,24 @@ def _check_folder(trainer: Trainer, folder: Path) -> None:
                 f"{folder} holds {what}, and is replaced as a whole when training ends. Choose another folder for the "
                 "model, e.g. 'student'."
             )
+    if here in _teachers_folders(trainer):
+        raise ConfigurationError(f"{folder} is the teacher's folder, and would be replaced. Choose another.")
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder} is a file, and a folder is to take its place. Choose another.")
-    held = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    if others := [name for name in held if name != TRAINING_ARGS_NAME and not ALLOWED.fullmatch(name)]:
+    held = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    if extra := next((name for name in held if name != TRAINING_ARGS_NAME and not ALLOWED.fullmatch(name)), None):
         raise ConfigurationError(
-            f"{folder} holds {others[0]}, which is no part of a model; it would be gone when the folder is replaced. "
+            f"{folder} holds {extra}, which is no part of a model; it would be gone when the folder is replaced. "
             "Choose another folder, or move it away."
         )
+
+
+def _teachers_folders(trainer: Trainer) -> list[Path]:
+    """Where the teachers lie that callbacks name; a hub id is a folder that is not there."""
+    callbacks = trainer.callback_handler.callbacks
+    named = [each.source for each in callbacks if isinstance(each, DistillCallback)]
+    named += [each.teacher for each in callbacks if isinstance(each, PublishCallback)]
+    return [Path(name).resolve() for name in named if isinstance(name, str | Path)]
 
 
 def _check_task(task: Task, model: PreTrainedModel, teacher: str | Path | None) -> None:

@@ -329,6 +329,17 @@ def test_a_failure_of_the_main_process_is_one_on_every_process(
         trainer.train()
 
 
+def test_a_push_of_the_trainers_own_is_left_to_it(
+    tmp_path: Path, unexported: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(tmp_path, ExportCallback(tmp_path / "student"))
+    monkeypatch.setattr(trainer.args, "push_to_hub", True)
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **settings: pytest.fail("the folder was pushed by saving it"))
+    trainer.train()
+
+    assert unexported
+
+
 # ---------------------------------------------------------------------- what is left after a failure
 
 
@@ -431,6 +442,7 @@ def adapted(**settings: Any) -> Any:
         (lambda at: ExportCallback(at / "mine"), None, ConfigurationError, r"holds notes\.txt, which is no part"),
         (lambda at: ExportCallback(at / "mine" / "notes.txt"), None, ConfigurationError, "is a file"),
         (lambda at: PublishCallback("me/s", folder=at / "mine"), None, ConfigurationError, r"holds notes\.txt"),
+        (lambda at: published(at, at / "big", teacher=at / "big"), None, ConfigurationError, "is the teacher's folder"),
         (lambda at: PublishCallback("me/s"), None, ConfigurationError, "nothing is exported"),
         (lambda at: PublishCallback("me/s", folder=at / "s", task=at / "none.yaml"), None, ForeignFileError, "none"),
         (lambda at: published(at), lambda: new_student(problem_type="regression"), MismatchError, "one class a row"),
@@ -462,8 +474,14 @@ def test_what_cannot_end_well_is_refused_before_the_first_step(
     assert not (tmp_path / "s").exists()
 
 
-def published(at: Path, **settings: Any) -> PublishCallback:
-    return PublishCallback("me/s", folder=at / "s", task=at / "task.yaml", **settings)
+def published(at: Path, folder: Path | None = None, **settings: Any) -> PublishCallback:
+    return PublishCallback("me/s", folder=folder or at / "s", task=at / "task.yaml", **settings)
+
+
+def test_a_teacher_that_is_distilled_from_its_folder_is_not_replaced(inputs: Path, tmp_path: Path) -> None:
+    trainer = build(tmp_path, ExportCallback(inputs / "big"), DistillCallback(str(inputs / "big"), "kd"))
+    with pytest.raises(ConfigurationError, match="is the teacher's folder"):
+        trainer.train()
 
 
 def test_two_exports_leave_open_what_is_pushed(tmp_path: Path, untrained: None) -> None:
