@@ -11,19 +11,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callback import DistillCallback
     from .onnx import export_onnx, load_onnx, quantize_onnx
+    from .publishing import ExportCallback, PublishCallback
     from .run import DistillConfig
     from .shrinking import shrink
 
 _HOME = {
     "DistillCallback": "callback",
     "DistillConfig": "run",
+    "ExportCallback": "publishing",
+    "PublishCallback": "publishing",
     "export_onnx": "onnx",
     "load_onnx": "onnx",
     "quantize_onnx": "onnx",
     "shrink": "shrinking",
 }
 
-__all__ = ["DistillCallback", "DistillConfig", "export_onnx", "load_onnx", "quantize_onnx", "shrink"]
+__all__ = [
+    "DistillCallback",
+    "DistillConfig",
+    "ExportCallback",
+    "PublishCallback",
+    "export_onnx",
+    "load_onnx",
+    "quantize_onnx",
+    "shrink",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,7 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._run: Run | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = _calling_trainer(self)
+        trainer = calling_trainer(self)
         if trainer is None:
             raise ConfigurationError("no Trainer was found above this callback: call callback.attach(trainer).")
         self.attach(trainer)
@@ -132,7 +132,7 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
                 "this DistillCallback was added after the Trainer was built, so the optimizer lacks its learned parts. "
                 "Pass it in Trainer(callbacks=[…]), or call callback.attach(trainer) before train()."
             )
-        if _calling_trainer(self) not in (None, trainer):
+        if calling_trainer(self) not in (None, trainer):
             raise ConfigurationError(
                 "this DistillCallback has since been given to another Trainer. Make one for each: "
                 "Trainer(callbacks=[DistillCallback(teacher)])."
@@ -169,7 +169,7 @@ class DistillCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.run.end()
 
 
-def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
     """The Trainer whose constructor is calling."""
     frame = sys._getframe(1)
     while frame is not None:

@@ -174,10 +174,9 @@ def push(
 ) -> None:
     """Push weights, ONNX, evidence and card in one commit."""
     from . import hub
-    from .ship import repository_of
 
     _holds_a_model(folder)
-    name, endpoint = repository_of(repository)
+    name, endpoint = hub.repository_of(repository)
     _quiet()
     _name_in_card(folder, name)
     pushed = hub.push(folder, name, endpoint=endpoint, private=private, create_pr=pull_request, message=message)

@@ -126,6 +126,13 @@ def sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def readable(folder: Path) -> None:
+    """Gives a model folder's weights the mode that the umask says; safetensors leaves them to their owner alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
 def inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`, refusing names (`..`, absolute, symbolic links) that lead out of it.
 

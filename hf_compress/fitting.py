@@ -94,8 +94,7 @@ def fit(
 def train_into(trainer: Trainer, target: Path, *, progress: bool = True) -> None:
     """Trains, from the last checkpoint where one is left, and writes model and tokenizer to `target`.
 
-    The Trainer's output_dir is `unfinished(target)`; it is removed in the end. The files get the mode that the umask
-    says; safetensors would leave the weights to their owner alone.
+    The Trainer's output_dir is `unfinished(target)`; it is removed in the end.
     """
     work = Path(trainer.args.output_dir)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is the command's result
@@ -109,9 +108,7 @@ def train_into(trainer: Trainer, target: Path, *, progress: bool = True) -> None
         trainer.model.save_pretrained(part)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(part)
-        mode = (part / "config.json").stat().st_mode
-        for path in part.glob("*.safetensors"):
-            path.chmod(mode)
+        files.readable(part)
     shutil.rmtree(work, ignore_errors=True)
 
 

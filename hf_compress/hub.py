@@ -31,11 +31,14 @@ from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from . import facts, files
-from .errors import ForeignFileError, HubError
+from .errors import ConfigurationError, ForeignFileError, HubError
 from .outgoing import ALLOWED, MANAGED, Outgoing, collect, strip
 from .outgoing import check as _check
 
-__all__ = ["Outgoing", "Pushed", "authorize", "check", "collect", "private_for", "push", "strip", "write_commit"]
+__all__ = [
+    "Outgoing", "Pushed", "authorize", "check", "collect", "private_for", "push", "repository_of", "strip",
+    "write_commit",
+]  # fmt: skip
 
 WAITS = (1.0, 4.0, 16.0)
 """Seconds before the commit is tried again; as many retries as there are entries."""
@@ -100,6 +103,31 @@ def write_commit(folder: Path, output: Path) -> Path:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(sent.folder / name, part / name)
     return output
+
+
+def repository_of(target: str) -> tuple[str, str | None]:
+    """(owner/name, endpoint or None) of a repository's name or URL.
+
+    Raises:
+        ConfigurationError: for a URL without a repository in it, or with a user or a password.
+    """
+    if "@" in target:
+        raise ConfigurationError(  # without the address: it may hold a password
+            "the address of the repository holds a user or a password. Give it without; a token goes into HF_TOKEN."
+        )
+    try:
+        parts = urlsplit(target)
+    except ValueError as error:  # half of a bracketed address
+        raise ConfigurationError(
+            f"{target} is no URL ({error}): expected OWNER/NAME or https://HUB/OWNER/NAME."
+        ) from error
+    if not parts.scheme:
+        return target, None
+    name = parts.path.strip("/")
+    if parts.scheme not in ("http", "https") or not parts.netloc or name.count("/") != 1:
+        shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
+        raise ConfigurationError(f"{shown} names no repository: expected OWNER/NAME or https://HUB/OWNER/NAME.")
+    return name, f"{parts.scheme}://{parts.netloc}"
 
 
 def authorize(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import datasets
 import transformers
@@ -180,7 +179,7 @@ class _Work:
             pass  # it can be written
 
     def _check_push(self, target: str) -> None:
-        repository, endpoint = repository_of(target)
+        repository, endpoint = hub.repository_of(target)
         teachers = [] if Path(self.recipe.teacher).is_dir() else [self.recipe.teacher]
         self.private = hub.private_for(teachers, self.recipe.private)
         if self.private and self.recipe.private is None:
@@ -414,7 +413,7 @@ class _Work:
         )
 
     def _card(self) -> None:
-        repository = None if self.recipe.push is None else repository_of(self.recipe.push)[0]
+        repository = None if self.recipe.push is None else hub.repository_of(self.recipe.push)[0]
         card.write(self.student, repo_id=repository)
 
     def _push(self) -> None:
@@ -426,7 +425,7 @@ class _Work:
                 f"OWNER/NAME` sends the same files."
             )
         else:
-            repository, endpoint = repository_of(self.recipe.push)
+            repository, endpoint = hub.repository_of(self.recipe.push)
             pushed = hub.push(self.student, repository, endpoint=endpoint, private=self.private)
             said = pushed.describe()
         files.write_text(self.output / "destination.txt", said + "\n")
@@ -447,31 +446,6 @@ _SAID = {
 def export(folder: Path, *, tell: Tell = logger.info) -> None:
     """Exports a model folder to `onnx/`, with parity enforced."""
     export_onnx(folder, progress=lambda line: tell(f"  {folder.name}: {line}"))
-
-
-def repository_of(target: str) -> tuple[str, str | None]:
-    """(owner/name, endpoint or None) of a repository's name or URL.
-
-    Raises:
-        ConfigurationError: for a URL without a repository in it, or with a user or a password.
-    """
-    if "@" in target:
-        raise ConfigurationError(  # without the address: it may hold a password
-            "the address of the repository holds a user or a password. Give it without; a token goes into HF_TOKEN."
-        )
-    try:
-        parts = urlsplit(target)
-    except ValueError as error:  # half of a bracketed address
-        raise ConfigurationError(
-            f"{target} is no URL ({error}): expected OWNER/NAME or https://HUB/OWNER/NAME."
-        ) from error
-    if not parts.scheme:
-        return target, None
-    name = parts.path.strip("/")
-    if parts.scheme not in ("http", "https") or not parts.netloc or name.count("/") != 1:
-        shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
-        raise ConfigurationError(f"{shown} names no repository: expected OWNER/NAME or https://HUB/OWNER/NAME.")
-    return name, f"{parts.scheme}://{parts.netloc}"
 
 
 def _layers(layers: int | tuple[int, ...]) -> int | list[int]:

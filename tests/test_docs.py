@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pages
@@ -10,12 +11,16 @@ import pytest
 import tiny
 import yaml
 from datasets import Dataset
+from hf_compress_evaluation import task
 from hf_compress_evaluation.task import Task
+from hub.server import Hub, running_hub
+from huggingface_hub import constants
 
 from hf_compress.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TASK = (task.__doc__ or "").partition("\n\n")[2]
 
 
 def blocks(language: str) -> list[str]:
@@ -24,22 +29,37 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder in which the README's names exist: a teacher of four layers and a training file."""
+    """A working folder in which the README's names exist: a teacher of four layers, its data and a task."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     tiny.tiny_bert_classifier(num_labels=2, num_hidden_layers=4).save_pretrained("my-big-model")
     tiny.tiny_tokenizer().save_pretrained("my-big-model")
-    texts = ["the film was good", "a bad book", "not very bright", "enjoy the music"] * 8
-    Dataset.from_dict({"text": texts, "label": [1, 0, 0, 1] * 8}).to_csv("train.csv")
+    texts = ["the film was good", "a bad book", "not very bright", "enjoy the music"]
+    for name, times in (("train", 8), ("dev", 1), ("test", 1)):
+        Dataset.from_dict({"text": texts * times, "label": [1, 0, 0, 1] * times}).to_csv(f"{name}.csv")
+    Path("task.yaml").write_text(TASK)
     return tmp_path
 
 
-def test_the_python_of_the_readme_runs(folder: Path) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A loopback hub that is taken for the public one."""
+    with running_hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", Hub.token)
+        yield hub
+
+
+def test_the_python_of_the_readme_runs(folder: Path, hub: Hub) -> None:
     names: dict[str, object] = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
 
-    assert (folder / "student" / "model.safetensors").exists()
+    assert hub.files("me/my-small-model").keys() >= {"README.md", "model.safetensors", "onnx/model.onnx"}
+    assert len(hub.history("me/my-small-model")) == 2  # the hub's own first commit, and ours
 
 
 def test_the_recipe_of_the_readme_is_one(folder: Path) -> None:
@@ -64,10 +84,7 @@ def test_the_commands_of_the_readme_exist() -> None:
 
 
 def test_the_task_file_of_the_docstring_is_one() -> None:
-    from hf_compress_evaluation import task
-
-    text = (task.__doc__ or "").partition("\n\n")[2]
-    Task.model_validate(yaml.safe_load(text))
+    Task.model_validate(yaml.safe_load(TASK))
 
 
 @pytest.mark.parametrize("page", sorted(str(path.relative_to(ROOT)) for path in pages.pages(ROOT)))

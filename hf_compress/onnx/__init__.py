@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .export import export_model, export_onnx
+    from .export import check, export_model, export_onnx
     from .folder import Exported
     from .gate import Gate
     from .loading import load_onnx
@@ -28,6 +28,7 @@ _HOME = {
     "OnnxModel": "models",
     "PRECISIONS": "precision",
     "Parity": "parity",
+    "check": "export",
     "check_parity": "parity",
     "export_model": "export",
     "export_onnx": "export",
@@ -42,6 +43,7 @@ __all__ = [
     "Gate",
     "OnnxModel",
     "Parity",
+    "check",
     "check_parity",
     "export_model",
     "export_onnx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_compress import facts, files, foreign
 from hf_compress.errors import ConfigurationError, ForeignFileError, ParityError
 
-from . import graph, tracing
+from . import graph, runtime, tracing
 from .folder import (
     Exported,
     Progress,
@@ -66,6 +67,19 @@ def export_onnx(folder: Path, *, output: Path | None = None, progress: Progress 
     exported = export_model(model, processing_class, output, progress=progress)
     record(folder, exported)
     return exported
+
+
+def check(model: PreTrainedModel) -> None:
+    """What can be found out before a model is trained that `export_onnx` will get as a folder.
+
+    Raises:
+        ConfigurationError: if no graph is made of models of its class, or ONNX Runtime is missing.
+    """
+    runtime.check_installed()
+    tracing.check_class(model)
+    config = copy.copy(model.config)
+    config.architectures = [type(model).__name__]
+    _auto_class(config)
 
 
 def export_model(

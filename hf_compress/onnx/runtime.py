@@ -107,10 +107,7 @@ def open_session(
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """An `onnxruntime.InferenceSession` on exactly the provider that was asked for; see `load_onnx`."""
-    if util.find_spec("onnxruntime") is None:
-        raise ConfigurationError(
-            'onnxruntime is not installed. Run `pip install "hf-compress[cpu]"`, or "hf-compress[gpu]" for CUDA.'
-        )
+    check_installed()
     installed = _one_distribution()
     import onnxruntime
 
@@ -189,6 +186,14 @@ def _profiles(path: Path, shapes: Shapes | None) -> dict[str, str]:
             sizes = [shapes[axis][place] if isinstance(axis, str) else axis for axis in axes]
             lines.append(f"{value.name}:{'x'.join(map(str, sizes))}")
     return {name: ",".join(lines) for name, lines in said.items()}
+
+
+def check_installed() -> None:
+    """Refuses to go on without ONNX Runtime, with the line that installs it."""
+    if util.find_spec("onnxruntime") is None:
+        raise ConfigurationError(
+            'onnxruntime is not installed. Run `pip install "hf-compress[cpu]"`, or "hf-compress[gpu]" for CUDA.'
+        )
 
 
 def _one_distribution() -> str:

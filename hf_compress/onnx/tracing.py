@@ -133,6 +133,15 @@ def check_exportable(model: PreTrainedModel) -> None:
                 f"{name or type(model).__name__} has a forward of its own, set on the instance; a saved student would "
                 "not have it. Move it into the class, or `del` it."
             )
+    check_class(model)
+
+
+def check_class(model: PreTrainedModel) -> None:
+    """Refuses models whose kind of inputs no graph is made for.
+
+    Raises:
+        ConfigurationError: with the remedy.
+    """
     if type(model).__name__.endswith("ForMultipleChoice"):
         raise ConfigurationError(f"{type(model).__name__}: multiple choice does not fit a graph of (batch, time).")
     if is_encoder_decoder(model.config) and not has_cache(model):
