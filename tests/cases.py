@@ -301,6 +301,68 @@ REPORTS = (
             "test_cases.py::test_every_method_is_run_by_a_test",
         ),
     ),
+    Report(
+        "huggingface/optimum-onnx#114, #141",
+        "No export for transformers 5, and none that security fixes allow.",
+        (
+            "test_onnx.py::test_the_graph_gives_the_models_numbers_with_padding_on_either_side",
+            "test_onnx.py::test_transformers_own_loader_reads_the_folder",
+            "test_onnx_generation.py::test_a_language_model_generates_torchs_tokens",
+        ),
+    ),
+    Report(
+        "huggingface/optimum#1755, #449",
+        "Logits differ by thousands, and the exporter prints that it succeeded.",
+        (
+            "test_onnx.py::test_a_corrupted_weight_fails_the_export_and_the_earlier_one_is_kept",
+            "test_onnx_generation.py::test_a_corrupted_decoder_fails_the_export",
+        ),
+    ),
+    Report(
+        "huggingface/optimum#2241, PR #1326",
+        "Tied weights are stored twice; the graph outweighs the checkpoint.",
+        (
+            "test_onnx.py::test_a_tied_masked_lm_stores_its_table_once_in_float32_and_in_int8",
+            "test_onnx_generation.py::test_a_tied_language_model_in_8_bits_holds_its_table_once",
+            "test_onnx_generation.py::test_the_decoders_weights_lie_outside_of_its_branches_once",
+        ),
+    ),
+    Report(
+        "huggingface/optimum#2233, #2246, #2008",
+        "Of several graphs in a folder the wrong one is loaded, or none.",
+        (
+            "test_onnx_generation.py::test_a_class_names_its_graphs",
+            "test_onnx.py::test_int8_is_small_and_close",
+            "test_onnx.py::test_what_was_measured_and_every_hash_stand_in_the_students_record",
+        ),
+    ),
+    Report(
+        "microsoft/onnxruntime#23372, #17801",
+        "CUDA was asked for, the CPU ran, and only a log line said so.",
+        (
+            "test_onnx.py::test_a_provider_that_cannot_run_is_an_error",
+            "test_onnx.py::test_a_provider_that_falls_back_in_silence_is_an_error",
+        ),
+    ),
+    Report(
+        "microsoft/onnxruntime#26996, huggingface/optimum#1402",
+        "Two builds of one library side by side hide CUDA.",
+        ("test_onnx.py::test_two_builds_of_onnxruntime_are_refused",),
+    ),
+    Report(
+        "microsoft/onnxruntime#9599, #11286",
+        "Int8 of a small encoder answers nearly at random.",
+        (
+            "test_onnx.py::test_a_missed_gate_keeps_the_earlier_int8",
+            "test_onnx.py::test_a_nan_never_agrees",
+            "test_onnx_generation.py::test_perplexity_alone_can_miss_the_gate",
+        ),
+    ),
+    Report(
+        "microsoft/onnxruntime#18945",
+        "A later optimisation is far off while the plain export is right.",
+        ("test_onnx_generation.py::test_a_way_that_misses_the_gate_is_undone_and_said",),
+    ),
 )
 
 
