@@ -303,7 +303,7 @@ REPORTS = (
     ),
     Report(
         "huggingface/optimum-onnx#114, #141",
-        "No export for transformers 5, and none that security fixes allow.",
+        "No export for transformers 5 and its security fixes.",
         (
             "test_onnx.py::test_the_graph_gives_the_models_numbers_with_padding_on_either_side",
             "test_onnx.py::test_transformers_own_loader_reads_the_folder",
@@ -338,7 +338,7 @@ REPORTS = (
     ),
     Report(
         "microsoft/onnxruntime#23372, #17801",
-        "CUDA was asked for, the CPU ran, and only a log line said so.",
+        "CUDA was asked for; the CPU ran, said by a log line.",
         (
             "test_onnx.py::test_a_provider_that_cannot_run_is_an_error",
             "test_onnx.py::test_a_provider_that_falls_back_in_silence_is_an_error",
@@ -360,7 +360,7 @@ REPORTS = (
     ),
     Report(
         "microsoft/onnxruntime#18945",
-        "A later optimisation is far off while the plain export is right.",
+        "An optimised graph is far off where the plain one is right.",
         ("test_onnx_generation.py::test_a_way_that_misses_the_gate_is_undone_and_said",),
     ),
 )

@@ -15,7 +15,7 @@ from types import ModuleType
 import cases
 import families
 import features
-from hf_compress_evaluation import bench, claims
+from hf_compress_evaluation import bench, claims, deployment
 from hf_compress_evaluation.demo.summary import markdown
 
 from hf_compress import registry
@@ -60,9 +60,12 @@ def lost(root: Path) -> str:
 
 
 def results(root: Path) -> str:
-    """The page of the results: benches and claims."""
-    page = root / "evaluation" / "README.md"
-    return between(page, "claims", claimed(root), between(page, "bench", benched(root)))
+    """The page of the results: benches, deployment and claims."""
+    page, text = root / "evaluation" / "README.md", None
+    for mark, made in (("bench", benched(root)), ("deployment", deployed(root)), ("claims", claimed(root))):
+        text = between(page, mark, made, text)
+    assert text is not None  # there are marks
+    return text
 
 
 def between(page: Path, mark: str, generated: str, text: str | None = None) -> str:
@@ -77,6 +80,12 @@ def demo(root: Path) -> str:
     """The table of the demo's committed results."""
     results = root / "evaluation" / "results" / "demo.json"
     return markdown(json.loads(results.read_text(encoding="utf-8"))) if results.exists() else ""
+
+
+def deployed(root: Path) -> str:
+    """The table of the models that were exported and measured."""
+    found = root / "evaluation" / "results" / "deployment.json"
+    return deployment.markdown(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else ""
 
 
 def benched(root: Path) -> str:

@@ -26,7 +26,7 @@ from hf_compress_evaluation import latency
 
 from ._cases import CASES, Case
 
-__all__ = ["CASES", "RESULTS", "measure"]
+__all__ = ["CASES", "RESULTS", "markdown", "measure"]
 
 RESULTS = Path("evaluation/results/deployment.json")
 NEW_TOKENS = 10
@@ -193,3 +193,42 @@ def _speed(case: Case, model: Any) -> float:
         _generate(case, model, inputs, max_new_tokens=32, min_new_tokens=32, do_sample=False)
         seconds.append(time.perf_counter() - started)
     return round(32 / statistics.median(seconds), 1)
+
+
+def markdown(rows: Mapping[str, Row]) -> str:
+    """The results as a table, in the order of `CASES`."""
+    lines = [
+        "| model | parameters | largest difference | decides like torch | generates torch's tokens "
+        "| bytes / safetensors | int8 / float32 | int8 against float32 | torch, ONNX, int8: ms for 1 | for 32 "
+        "| tokens a second |",
+        "|---|---:|---:|---:|---|---:|---:|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        tokens = row["same tokens as torch"]
+        right = "" if tokens is None else ", ".join(way for way, same in tokens.items() if same) or "no"
+        int8 = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in row["int8"].items())
+        for label, values in row.items():
+            if isinstance(values, dict) and label.startswith("word error"):
+                int8 += f"; {label}: {_list(values)}"
+        small = row["onnx-int8 bytes"] / row["onnx bytes"] if "onnx-int8 bytes" in row else None
+        cells = (
+            f"{name} ({row['timed']})",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['largest difference']:.1e}",
+            "" if row["decides like torch"] is None else f"{row['decides like torch']:.3f}",
+            right,
+            f"{row['onnx bytes'] / row['safetensors bytes']:.3f}",
+            "" if small is None else f"{small:.3f}",
+            int8,
+            _list(row["milliseconds, 1"]),
+            _list(row["milliseconds, 32"]),
+            _list(row.get("tokens a second", {})),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    machines = sorted({f"{row['date']}, {row['machine']}" for row in rows.values()})
+    lines += ["", f"`python -m hf_compress_evaluation.deployment`, one thread, {'; '.join(machines)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _list(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value:g}" for value in values.values())
