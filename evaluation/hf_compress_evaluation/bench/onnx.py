@@ -30,7 +30,7 @@ PEER = "HF_COMPRESS_OPTIMUM"
 """Environment variable: folder of the environment with Optimum, if it is not where `ci/optimum` makes it."""
 VARIANTS = {"float32": "onnx", "int8": "onnx-int8"}
 """Folder by part."""
-REPEATS = {(1, 16): 60, (1, 64): 40, (1, 128): 30, (32, 16): 15, (32, 64): 8, (32, 128): 6}
+REPEATS = {(1, 16): 300, (1, 64): 100, (1, 128): 60, (32, 16): 20, (32, 64): 10, (32, 128): 6}
 """Calls of each graph, by (batch, time)."""
 WARM = 2
 """Calls before them that are not counted."""
