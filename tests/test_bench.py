@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hf_compress_evaluation import bench
-from hf_compress_evaluation.bench import _steps, chunked
+from hf_compress_evaluation.bench import _steps, chunked, onnx
 
-from hf_compress.errors import UnknownNameError
+from hf_compress.errors import ConfigurationError, UnknownNameError
 
 
 def ratios(figures: Mapping[str, bench.Figures]) -> bench.Figures:
@@ -36,6 +37,36 @@ def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch
     assert list(json.loads(output.read_text())) == ["toy", "zzz"]
     assert bench.table({"toy": row})[1] == ["toy", "two / one", "3", "3 … 3", "≤ 2.5", "2"]
     assert "| toy | two / one | 3 |" in bench.markdown({"toy": row})
+
+
+def write(folder: Path) -> None:
+    (folder / "seconds").write_text("5")
+
+
+def read(part: str, threads: int, folder: Path) -> bench.Figures:
+    return {"seconds": float((folder / "seconds").read_text()) + threads}
+
+
+def test_what_the_parts_share_is_prepared_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    toy, said = replace(TOY, prepare=write, run=read, threads=1), list[str]()
+    monkeypatch.setattr(bench, "get", lambda name: toy)
+    row = bench.measure("toy", tmp_path / "bench.json", rounds=2, threads=3, progress=said.append)
+    assert row["figures"]["two"] == {"seconds": 6.0}
+    assert row["threads"] == 1
+    assert said.count("toy: prepare") == 1
+
+
+def test_without_optimum_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(onnx.PEER, str(tmp_path))
+    with pytest.raises(ConfigurationError, match="run ci/optimum first"):
+        onnx.prepare(tmp_path)
+
+
+def test_graphs_take_turns() -> None:
+    order = list[str]()
+    seconds = onnx._alternately({name: lambda name=name: order.append(name) for name in ("a", "b")}, 2)
+    assert order == ["b", "a", "a", "b"] * (onnx.WARM // 2 + 1)
+    assert seconds.keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize("name", bench.names())

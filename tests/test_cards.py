@@ -475,7 +475,7 @@ def test_the_code_for_onnx_runtime_runs_and_agrees(
     monkeypatch.chdir(tmp_path)
     torch_code, onnx_code, optimum_code = blocks(render(folder))
     compile(optimum_code, "card", "exec")  # Optimum lives in another environment
-    assert 'subfolder="onnx"' in optimum_code
+    assert 'ORTModelForSequenceClassification.from_pretrained("student/onnx")' in optimum_code
     capsys.readouterr()
     exec(torch_code, {})
     exec(onnx_code, {})

@@ -83,12 +83,12 @@ def onnx_code(model: str, tag: str | None, variant: str) -> str:
 
 
 def optimum_code(model: str, tag: str | None, variant: str) -> str | None:
-    """The same graph in Optimum, where Optimum has a class for the task."""
+    """The same graph in Optimum, where Optimum has a class for the task.
+
+    From a local copy too: of a hub's files Optimum takes one whose path begins with the subfolder's name, and
+    `onnx-int8` begins with `onnx`.
+    """
     if tag not in _ORT:
         return None
-    head = f"ORTModelFor{_ORT[tag]}"
-    cache = ", use_cache=False" if tag == "text-generation" else ""
-    return (
-        f"from optimum.onnxruntime import {head}\n\n"
-        f'model = {head}.from_pretrained({literal(model)}, subfolder="{variant}"{cache})\n'
-    )
+    head, folder = f"ORTModelFor{_ORT[tag]}", literal(f"{model.rsplit('/', 1)[-1]}/{variant}")
+    return f"from optimum.onnxruntime import {head}\n\nmodel = {head}.from_pretrained({folder})\n"

@@ -10,6 +10,7 @@ import importlib
 import json
 import multiprocessing
 import pkgutil
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -33,12 +34,16 @@ class Bench:
     """What is measured on what."""
     parts: tuple[str, ...]
     """Run one after the other in each round."""
-    run: Callable[[str, int], Figures]
-    """From part and threads to its figures; picklable, as it runs in a process of its own."""
+    run: Callable[..., Figures]
+    """From part, threads, and the folder if one is prepared, to its figures; picklable: it runs in its own process."""
     ratios: Callable[[Mapping[str, Figures]], Figures]
     """From the figures of a round's parts to what is compared."""
     bars: Mapping[str, tuple[float, float]]
     """Ratio to the most that is allowed, and to the aim."""
+    prepare: Callable[[Path], None] | None = None
+    """Writes into a folder, once before the first round, what the parts read."""
+    threads: int | None = None
+    """Of torch or ONNX Runtime, whatever is asked for; None: as many as are asked for."""
 
 
 def names() -> list[str]:
@@ -67,22 +72,28 @@ def measure(
         name: of the benchmark.
         output: the results file; rows of other benchmarks are kept.
         rounds: how often; figures are medians.
-        threads: of torch.
+        threads: of torch, where the benchmark leaves it open.
         progress: called with a line before each part.
 
     Returns:
         the row.
     """
     bench = get(name)
+    threads = bench.threads or threads
+    say = progress or _nothing
     found: list[dict[str, Figures]] = []
-    for number in range(rounds):
-        figures: dict[str, Figures] = {}
-        for part in bench.parts:
-            if progress is not None:
-                progress(f"{name}: round {number + 1} of {rounds}, {part}")
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                figures[part] = pool.submit(bench.run, part, threads).result()
-        found.append(figures)
+    with tempfile.TemporaryDirectory() as folder:
+        given: tuple[Path, ...] = ()
+        if bench.prepare is not None:
+            say(f"{name}: prepare")
+            _alone(bench.prepare, Path(folder))
+            given = (Path(folder),)
+        for number in range(rounds):
+            figures: dict[str, Figures] = {}
+            for part in bench.parts:
+                say(f"{name}: round {number + 1} of {rounds}, {part}")
+                figures[part] = _alone(bench.run, part, threads, *given)
+            found.append(figures)
     ratios = [bench.ratios(figures) for figures in found]
     row = {
         "setting": bench.setting,
@@ -101,6 +112,16 @@ def measure(
     output.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(output, json.dumps(dict(sorted({**rows, name: row}.items())), indent=1) + "\n")
     return row
+
+
+def _nothing(line: str) -> None:
+    """Where nobody listens."""
+
+
+def _alone(function: Callable[..., Any], *given: Any) -> Any:
+    """What a function gives in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *given).result()
 
 
 def _medians(rows: list[Figures]) -> dict[str, float]:

