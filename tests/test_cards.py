@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hf_compress_cards import figures, plot, render, text, usage, write
 from hf_compress_cards.metadata import hub_id
 from huggingface_hub import ModelCard
@@ -21,6 +23,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from prepared import PREPARED
+from tiny import MAX_LENGTH, VOCAB, tiny_plain_tokenizer
+from tokenizers import pre_tokenizers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
 
 from hf_compress import facts, onnx, outgoing
 from hf_compress.errors import ForeignFileError
@@ -473,7 +488,7 @@ def test_the_code_for_onnx_runtime_runs_and_agrees(
     folder = Path(shutil.copytree(tiny, tmp_path / "student"))
     onnx.export_onnx(folder)
     monkeypatch.chdir(tmp_path)
-    torch_code, onnx_code, optimum_code = blocks(render(folder))
+    torch_code, onnx_code, optimum_code, _ = blocks(render(folder))  # the last without torch: tests/test_serving.py
     compile(optimum_code, "card", "exec")  # Optimum lives in another environment
     assert 'ORTModelForSequenceClassification.from_pretrained("student/onnx")' in optimum_code
     capsys.readouterr()
@@ -496,11 +511,9 @@ def test_the_code_for_onnx_runtime_runs_and_agrees(
         ("BertForMaskedLM", "fill-mask", "mask_token"),
         ("BertForQuestionAnswering", "question-answering", "BertForQuestionAnswering.from_pretrained"),
         ("ViTForImageClassification", "image-classification", "ViTForImageClassification.from_pretrained"),
-        (
-            "WhisperForConditionalGeneration",
-            "automatic-speech-recognition",
-            "WhisperForConditionalGeneration.from_pretrained",
-        ),
+        ("WhisperForConditionalGeneration", "automatic-speech-recognition", '"speech.wav"'),
+        ("T5ForConditionalGeneration", "text2text-generation", "model.generate(**inputs, max_new_tokens=100)"),
+        ("MarianMTModel", "text2text-generation", "model.generate(**inputs, max_new_tokens=100)"),
         ("BertModel", "feature-extraction", 'pipeline("feature-extraction"'),
     ],
 )
@@ -508,6 +521,84 @@ def test_the_task_follows_from_the_head(tmp_path: Path, architecture: str, tag: 
     card = render(made(tmp_path / "student", None, architectures=[architecture]))
     assert ModelCard(card).data.pipeline_tag == tag
     assert told in blocks(card)[0]
+
+
+def language_model() -> tuple[Any, Any]:
+    config = LlamaConfig(
+        vocab_size=len(VOCAB), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=MAX_LENGTH, initializer_range=0.5, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tiny_plain_tokenizer()
+
+
+def encoder_decoder() -> tuple[Any, Any]:
+    config = BartConfig(
+        vocab_size=len(VOCAB), d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=128, init_std=0.5,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config), tiny_plain_tokenizer()
+
+
+def speech_model() -> tuple[Any, Any]:
+    """Whisper for one second of sound, with a tokenizer of single bytes."""
+    names = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {name: at for at, name in enumerate([*letters, *names])}
+    end, start = (vocab[name] for name in names[:2])
+    config = WhisperConfig(
+        vocab_size=len(vocab), num_mel_bins=8, encoder_layers=1, decoder_layers=1, d_model=16, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, max_source_positions=50,
+        max_target_positions=300, init_std=0.5, pad_token_id=end, bos_token_id=end, eos_token_id=end,
+        decoder_start_token_id=start, suppress_tokens=[], begin_suppress_tokens=[],
+    )  # fmt: skip
+    tokenizer = WhisperTokenizer(vocab=vocab, merges=[], additional_special_tokens=names[1:])
+    return WhisperForConditionalGeneration(config), WhisperProcessor(
+        WhisperFeatureExtractor(feature_size=8, chunk_length=1), tokenizer
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "variant_files", "head"),
+    [
+        (language_model, {"model.onnx"}, "ORTModelForCausalLM"),
+        (encoder_decoder, {"encoder_model.onnx", "decoder_model_merged.onnx"}, "ORTModelForSeq2SeqLM"),
+        (speech_model, {"encoder_model.onnx", "decoder_model_merged.onnx"}, "ORTModelForSpeechSeq2Seq"),
+    ],
+)
+def test_the_code_of_what_generates_runs_and_agrees(
+    made: Any,
+    variant_files: set[str],
+    head: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    model, processor = made()
+    model.eval().save_pretrained(tmp_path / "student")
+    processor.save_pretrained(tmp_path / "student")
+    onnx.export_onnx(tmp_path / "student")
+    sound = np.sin(np.arange(12_000, dtype=np.float32) ** 1.3)
+    monkeypatch.chdir(tmp_path)
+    Path("speech.wav").write_bytes(b"")
+    speech = "transformers.pipelines.automatic_speech_recognition"
+    monkeypatch.setattr(f"{speech}.ffmpeg_read", lambda content, rate: sound)  # a program that is not everywhere
+
+    torch_code, onnx_code, optimum_code, *served = blocks(render(tmp_path / "student"))
+    assert {path.name for path in (tmp_path / "student" / "onnx").glob("*.onnx")} == variant_files
+    assert usage.onnx_variants(facts.load(tmp_path / "student")) == ["onnx"]
+    assert len(served) == (made is language_model)
+    assert "from hf_compress import load_onnx" in onnx_code
+    assert f'{head}.from_pretrained("student", subfolder="onnx")' in optimum_code
+    capsys.readouterr()
+    torch.manual_seed(0)  # the pipeline for text draws
+    exec(torch_code, {})
+    by_torch = capsys.readouterr().out
+    torch.manual_seed(0)
+    exec(onnx_code, {})
+    assert capsys.readouterr().out == by_torch
+    assert len(set(by_torch)) > 9, by_torch  # not one token again and again
 
 
 def test_rendering_imports_no_torch() -> None:

@@ -214,11 +214,11 @@ def test_the_commit_holds_the_allowed_files_of_the_student_and_no_other(finished
     assert "made/student" in made.destination
 
 
-def test_the_card_is_a_function_of_record_and_config(finished: tuple[Path, ship.Shipped], tmp_path: Path) -> None:
-    student = tmp_path / "student"
-    student.mkdir()
-    for name in ("compression.json", "config.json"):
-        shutil.copyfile(finished[0] / "student" / name, student / name)
+def test_the_card_is_a_function_of_record_and_configs(finished: tuple[Path, ship.Shipped], tmp_path: Path) -> None:
+    made, student = finished[0] / "student", tmp_path / "student"
+    for path in (made / "compression.json", *made.rglob("*config.json")):  # also of tokenizers, beside the graphs
+        (student / path.relative_to(made)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, student / path.relative_to(made))
     text = card.render(student)
     assert (finished[0] / "student" / "README.md").read_text(encoding="utf-8") == text
 

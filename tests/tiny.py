@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, PreTrainedTokenizerFast
 
 WORDS = [
     "a", "an", "the", "film", "book", "was", "is", "not", "and", "but", "very", "good", "bad", "fine", "dull",
@@ -25,6 +25,17 @@ def tiny_tokenizer() -> BertTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH)
+
+
+def tiny_plain_tokenizer() -> PreTrainedTokenizerFast:
+    """The same without token types."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=MAX_LENGTH,
+        pad_token="[PAD]",
+        eos_token="[SEP]",
+    )
 
 
 def tiny_bert_config(*, seed: int = 0, **settings: object) -> BertConfig:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from hf_compress import facts, files
 from hf_compress.facts import Record, Setting
 
-from . import figures, plot, usage
+from . import figures, plot, serving, usage
 from .metadata import metadata, to_yaml
 from .text import Safe, escape, fence, table
 
@@ -23,19 +23,19 @@ PLOT = "evidence/quality_latency.png"
 
 
 def render(folder: Path, *, repo_id: str | None = None) -> str:
-    """The text of a model card, front matter included, from `compression.json` and `config.json` alone.
+    """The text of a model card, front matter included, from `compression.json` and the folder's config files alone.
 
     Args:
         folder: a model folder.
         repo_id: the hub id that the usage code names; None: the folder's name.
 
     Raises:
-        ForeignFileError: if one of the two files is malformed.
+        ForeignFileError: if one of these files is malformed.
     """
     folder = Path(folder).resolve()
     config_file = folder / "config.json"
     config = files.read_json(config_file) if config_file.is_file() else {}
-    text = _template().render(_context(facts.load(folder), config, repo_id or folder.name))
+    text = _template().render(_context(facts.load(folder), config, repo_id or folder.name, folder))
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
@@ -65,13 +65,17 @@ def _template() -> Template:
     return environment.get_template("card.md.jinja")
 
 
-def _context(record: Record, config: dict[str, Any], model: str) -> dict[str, Any]:
+def _context(record: Record, config: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
     """What the template prints. Texts are as they came; the environment escapes each when it is printed."""
     architecture = _architecture(record, config)
     tag = usage.pipeline_tag(record, architecture)
     variants = usage.onnx_variants(record)
     name = model.rsplit("/", 1)[-1]
-    optimum = usage.optimum_code(model, tag, variants[0]) if variants else None
+    onnx = usage.onnx_code(model, tag, variants[0], architecture) if variants else None
+    optimum = usage.optimum_code(model, tag, variants[0], architecture) if variants else None
+    served = serving.variant(record, tag)
+    serve = serving.code(model, tag, folder / served, config) if served else None
+    packages, installed = serving.needs(tag)
     return {
         "metadata": Safe(to_yaml(metadata(record, name=name, tag=tag, licence=config.get("license")))),
         "name": name,
@@ -92,8 +96,12 @@ def _context(record: Record, config: dict[str, Any], model: str) -> dict[str, An
         "plot": Safe(PLOT) if any(entry.file == PLOT for entry in record.evidence) else None,
         "variants": variants,
         "torch_code": fence(usage.torch_code(model, tag, architecture), "python"),
-        "onnx_code": fence(usage.onnx_code(model, tag, variants[0]), "python") if variants else None,
+        "onnx_code": fence(onnx, "python") if onnx else None,
         "optimum_code": fence(optimum, "python") if optimum else None,
+        "serve_code": fence(serve, "python") if serve else None,
+        "serve_variant": served,
+        "serve_packages": packages,
+        "serve_installed": installed,
         "methods": _methods(record),
         "citations": [fence(text, "bibtex") for text in _citations(record)],
         "licence_known": isinstance(config.get("license"), str),

@@ -165,7 +165,7 @@ def test_without_what_the_escaping_lets_through_no_text_is_left(t: dict[str, str
         assume(False)
     empty = card._template().environment.overlay(finalize=lambda value: "")
     left = [
-        empty.get_template("card.md.jinja").render(card._context(each, {}, name))
+        empty.get_template("card.md.jinja").render(card._context(each, {}, name, Path("none")))
         for each, name in ((record, t["name"] or "a"), (record_of(plain), "a"))
     ]
     assert left[0] == left[1]
