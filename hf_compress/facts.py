@@ -124,7 +124,7 @@ class Measurement(_Part):
     """One number, with what is needed to take it again."""
 
     subject: Text = Field(description="whose: student, teacher, alone (same start without a teacher), ...")
-    variant: Text = Field(default="torch", description="torch, onnx, onnx-int8, ...")
+    variant: Text = Field(default="torch", description="torch, onnx, onnx_int8, ...")
     metric: Text
     value: FiniteFloat
     unit: Text = Field(description="fraction, bytes, seconds, count, nats, ...")

@@ -39,7 +39,7 @@ class ExportCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     """Ends training with a model folder that holds safetensors, ONNX that was compared with them, and fewer bits.
 
     At the end of each `train()` model and processing class are saved to `folder`, as `Trainer.save_model` does but
-    without the training arguments, and exported to `onnx/` and `onnx-<precision>/` in it. A precision that misses the
+    without the training arguments, and exported to `onnx/` and `onnx_<precision>/` in it. A precision that misses the
     gate is left out, with a warning. A failed export raises, and the saved model stays.
 
     Nothing is written when training raises, nor in the trials of a hyper-parameter search. Other processes wait for the
@@ -222,8 +222,7 @@ class PublishCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         measure = ["hf-compress", "evaluate", str(folder), "--task", str(self.task), *beside]
         if self._task is not None:
             with _noting(folder, measure, push):
-                variants = ("torch", *sorted(path.parent.name for path in folder.glob("onnx*/model.onnx")))
-                evaluate_folder(folder, task=self._task, teacher=self.teacher, variants=variants)
+                evaluate_folder(folder, task=self._task, teacher=self.teacher)
         with _noting(folder, push):
             card.write(folder, repo_id=self._name)
             self.pushed = hub.push(folder, self._name, endpoint=self._endpoint, private=self._private)

@@ -356,7 +356,7 @@ class _Work:
 
     def _export(self) -> None:
         settings = self.recipe.export
-        shutil.rmtree(self.student / "onnx-int8", ignore_errors=True)  # of another float32 graph
+        shutil.rmtree(self.student / "onnx_int8", ignore_errors=True)  # of another float32 graph
         facts.save(self.student, _without(facts.load(self.student), lambda m: m.variant != "torch"))
         export(self.student, tell=self.tell)
         if settings.teacher and Path(self.teacher).is_dir():

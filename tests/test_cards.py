@@ -76,7 +76,7 @@ def measurements() -> Iterator[Measurement]:
     for subject, variant, accuracy, size, latency in (
         ("teacher", "torch", 0.871, 90.9e6, 0.0121),
         ("student", "torch", 0.856, 69.6e6, 0.0064),
-        ("student", "onnx-int8", 0.851, 17.9e6, 0.0021),
+        ("student", "onnx_int8", 0.851, 17.9e6, 0.0021),
         ("alone", "torch", 0.831, 69.6e6, 0.0064),
     ):
         interval = (accuracy - 0.017, accuracy + 0.017)
@@ -92,7 +92,7 @@ def measurements() -> Iterator[Measurement]:
     yield measured("student", "torch", "retention", 0.983, "fraction", interval=(0.968, 0.998))
     yield measured("student", "torch", "gap_closed", 0.625, "ratio", interval=(0.31, 0.94))
     yield measured("student", "torch", "gain", 0.025, "fraction", how={"mcnemar_p": 0.0312})
-    yield measured("student", "onnx-int8", "agreement_with_fp32", 0.991, "fraction")
+    yield measured("student", "onnx_int8", "agreement_with_fp32", 0.991, "fraction")
 
 
 FULL = Record(training=training(), measurements=tuple(measurements()))
@@ -128,9 +128,9 @@ def test_the_tables_hold_what_was_measured_in_a_readable_unit(folder: Path) -> N
         ["student", "torch", "85.6 % (83.9 to 87.3 %)", "84.6 %", "91.6 %", "69.6 MB"],
     ]
     assert card[4][0] == "alone (same start, trained without the teacher)"
-    int8 = next(row for row in card if row[1] == "onnx-int8" and "ms" in row[2])
-    assert int8 == ["student", "onnx-int8", "2.1 ms / 2.52 ms", "42 ms / 50.4 ms", "CPUExecutionProvider", "1", "32"]
-    assert ["agreement with fp32", "student", "onnx-int8", "99.1 %"] in card
+    int8 = next(row for row in card if row[1] == "onnx_int8" and "ms" in row[2])
+    assert int8 == ["student", "onnx_int8", "2.1 ms / 2.52 ms", "42 ms / 50.4 ms", "CPUExecutionProvider", "1", "32"]
+    assert ["agreement with fp32", "student", "onnx_int8", "99.1 %"] in card
 
 
 def test_the_text_says_how_it_was_made_and_what_follows(folder: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_metadata_are_what_the_hub_reads(folder: Path) -> None:
     }
     assert found == {
         ("accuracy", "Accuracy", 0.856, "sentiment", "me/sentiment", "test"),
-        ("accuracy", "Accuracy, onnx-int8", 0.851, "sentiment", "me/sentiment", "test"),
+        ("accuracy", "Accuracy, onnx_int8", 0.851, "sentiment", "me/sentiment", "test"),
         ("f1", "F1 (macro)", 0.846, "sentiment", "me/sentiment", "test"),
     }
 
@@ -278,7 +278,7 @@ def test_the_plot_compares_only_what_was_measured_alike() -> None:
     assert [(mark.subject, mark.variant, mark.latency) for mark in drawn] == [
         ("teacher", "torch", 0.0121),
         ("student", "torch", 0.0064),
-        ("student", "onnx-int8", 0.0021),
+        ("student", "onnx_int8", 0.0021),
         ("alone", "torch", 0.0064),
     ]
 

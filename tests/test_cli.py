@@ -278,7 +278,7 @@ def test_json_is_all_that_distill_prints(distilled: Distilled) -> None:
     assert said.code == 0, said.err
     rows = json.loads(said.out)
     assert [(row["subject"], row["variant"]) for row in rows] == [
-        ("teacher", "torch"), ("student", "torch"), ("student", "onnx"), ("student", "onnx-int8"),
+        ("teacher", "torch"), ("student", "torch"), ("student", "onnx"), ("student", "onnx_int8"),
     ]  # fmt: skip
     assert all(row["accuracy"]["value"] is not None for row in rows)
 
@@ -298,7 +298,7 @@ def test_a_repeated_distill_is_done_already_and_shows_the_table(
     said = command(*distilled.arguments)
     assert said.code == 0
     assert "student: done already" in said.err
-    for name in ("teacher", "student", "onnx-int8", "label loyalty"):
+    for name in ("teacher", "student", "onnx_int8", "label loyalty"):
         assert name in said.out
     assert f"scored on train, test, {ROWS['test']} rows" in said.out
     assert "…" not in said.out
@@ -315,7 +315,7 @@ def test_evaluate_prints_json_alone_and_appends_to_the_record(
 
 
 def test_export_measures_int8_and_says_what_it_found(command: Callable[..., Said], student: Path, task: Path) -> None:
-    for name in ("onnx", "onnx-int8"):
+    for name in ("onnx", "onnx_int8"):
         shutil.rmtree(student / name)
     options = ("--max-drop", 1, "--min-agreement", 0)
     said = command("export", student, "--quantize", "int8", "--data", task, *options)
@@ -324,7 +324,7 @@ def test_export_measures_int8_and_says_what_it_found(command: Callable[..., Said
     assert "agreement_with_fp32 1.0000" in said.err
     assert "Please consider" not in said.err
     assert (student / "onnx" / "model.onnx").exists()
-    assert (student / "onnx-int8" / "model.onnx").exists()
+    assert (student / "onnx_int8" / "model.onnx").exists()
 
 
 def test_card_writes_the_readme(command: Callable[..., Said], student: Path) -> None:
@@ -388,7 +388,7 @@ def record() -> facts.Record:
     pairs = [
         (subject, variant)
         for subject in ("teacher", "alone", "student-labelled", "student")
-        for variant in (("torch", "onnx", "onnx-int8") if subject == "student" else ("torch",))
+        for variant in (("torch", "onnx", "onnx_int8") if subject == "student" else ("torch",))
     ]
     found = []
     for pair in pairs:
@@ -403,8 +403,8 @@ def record() -> facts.Record:
         if pair[0].startswith("student"):
             found += [measured(*pair, "retention", 0.98, "ratio"), measured(*pair, "gain", 0.031)]
     found += [
-        measured("student", "onnx-int8", "accuracy_drop", 0.004),
-        measured("student", "onnx-int8", "agreement_with_fp32", 0.991),
+        measured("student", "onnx_int8", "accuracy_drop", 0.004),
+        measured("student", "onnx_int8", "agreement_with_fp32", 0.991),
     ]
     return facts.Record(measurements=tuple(found))
 
@@ -415,7 +415,7 @@ def test_the_table_cuts_no_word_at_any_usual_width(record: facts.Record, width: 
     console.print(table.table(record, width=width))
     text = console.export_text()
     assert "…" not in text
-    for word in ("student-labelled", "onnx-int8", "accuracy", "loyalty", "params", "0.876 ±"):
+    for word in ("student-labelled", "onnx_int8", "accuracy", "loyalty", "params", "0.876 ±"):
         assert word in text
     assert ("macro-F1" in text.split("alone:")[0]) == (width >= table.NARROW)
 

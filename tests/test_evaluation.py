@@ -311,7 +311,7 @@ def test_candidates_take_turns_and_warm_up_is_not_timed(monkeypatch: pytest.Monk
     calls: dict[str, Callable[[], object]] = {"a": lambda: call("a"), "b": lambda: call("b")}
     found = latency.measure_all(calls, batch=2, length=8, runs=3, warmup=2, threads=1)
     assert called == ["a", "b"] * 5
-    assert found["a"] == latency.Latency(median=1.0, p90=1.0, runs=3, warmup=2, batch=2, length=8, threads=1)
+    assert found["a"] == latency.Latency(median=1.0, p90=1.0, p99=1.0, runs=3, warmup=2, batch=2, length=8, threads=1)
 
 
 def test_median_and_p90_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +337,7 @@ def test_the_thread_count_is_set_and_restored_also_after_an_error() -> None:
 
 
 def test_a_latency_becomes_two_facts_with_their_conditions() -> None:
-    taken = latency.Latency(median=0.5, p90=0.75, runs=3, warmup=1, batch=2, length=8, threads=1)
+    taken = latency.Latency(median=0.5, p90=0.75, p99=0.8, runs=3, warmup=1, batch=2, length=8, threads=1)
     median, p90 = taken.measurements("student", "onnx", provider="CPUExecutionProvider")
     assert (median.metric, median.value, median.unit) == ("latency_median", 0.5, "seconds")
     assert (p90.metric, p90.value) == ("latency_p90", 0.75)
@@ -619,7 +619,7 @@ def write_graph(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """student/ with onnx/ and without onnx-int8/, beside teacher/, alone/ and task.yaml."""
+    """student/ with onnx/ and without onnx_int8/, beside teacher/, alone/ and task.yaml."""
     place = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("student", "teacher", "alone")):
         classifier(seed=seed).save_pretrained(place / name)
@@ -645,10 +645,11 @@ def measured(student: Path) -> tuple[facts.Measurement, ...]:
         task=student.parent / "task.yaml",
         teacher=student.parent / "teacher",
         alone=student.parent / "alone",
+        variants=("torch", "onnx", "onnx_int8"),
         timing=folder.Timing(batches=(1, 32), length=400, runs=2, warmup=1),
     )
     logger.removeHandler(handler)
-    assert lines == ["student holds no onnx-int8 variant (onnx-int8/model.onnx): skipped."]
+    assert lines == ["student holds no onnx_int8 variant (onnx_int8/model.onnx): skipped."]
     return found
 
 
@@ -721,7 +722,7 @@ def test_a_regression_model_and_an_empty_folder_are_refused(
     with pytest.raises(MismatchError, match="1 classes"):
         folder.evaluate_folder(tmp_path / "regression", task=student.parent / "task.yaml")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ForeignFileError, match="holds none of torch, onnx, onnx-int8"):
+    with pytest.raises(ForeignFileError, match="holds none of torch, onnx, onnx_int8"):
         folder.evaluate_folder(tmp_path / "empty", task=student.parent / "task.yaml")
 
 

@@ -70,7 +70,7 @@ LABELS = [0, 1, 2, 0] * 4
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student folder with `onnx/` and `onnx-int8/`, never changed."""
+    """A student folder with `onnx/` and `onnx_int8/`, never changed."""
     folder: Path = tmp_path_factory.mktemp("built") / "student"
     tiny_bert_classifier().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -151,15 +151,15 @@ def test_what_was_measured_and_every_hash_stand_in_the_students_record(built: Pa
     assert parity is not None
     assert 0 < parity.value < 1e-5
     assert parity.how["shapes"] == ["1x1", "3x11", "5x64"]
-    for variant in ("onnx", "onnx-int8"):
+    for variant in ("onnx", "onnx_int8"):
         size = record.find("bytes", variant=variant)
         assert size is not None
         assert size.value == sum(path.stat().st_size for path in (built / variant).iterdir())
-    agreement = record.find("agreement_with_fp32", variant="onnx-int8", rows=16)
+    agreement = record.find("agreement_with_fp32", variant="onnx_int8", rows=16)
     assert agreement is not None
-    assert record.find("accuracy_drop", variant="onnx-int8", rows=16) is not None
+    assert record.find("accuracy_drop", variant="onnx_int8", rows=16) is not None
     names = {entry.file for entry in record.evidence}
-    assert names == {f"{v}/{name}" for v in ("onnx", "onnx-int8") for name in hashes(built / v)}
+    assert names == {f"{v}/{name}" for v in ("onnx", "onnx_int8") for name in hashes(built / v)}
     facts.check(built)
 
 
@@ -195,7 +195,7 @@ def test_a_write_that_fails_keeps_the_earlier_export_and_leaves_nothing(
     assert not leftovers(student)
 
 
-@pytest.mark.parametrize("variant", ["onnx", "onnx-int8"])
+@pytest.mark.parametrize("variant", ["onnx", "onnx_int8"])
 def test_no_file_names_this_machine_or_shows_source(built: Path, variant: str) -> None:
     for path in (built / variant).iterdir():
         content = path.read_bytes()
@@ -365,7 +365,7 @@ def test_large_weights_lie_beside_the_graph_and_load_from_there(
 
 
 def test_transformers_own_loader_reads_the_folder(built: Path) -> None:
-    for variant in ("onnx", "onnx-int8"):
+    for variant in ("onnx", "onnx_int8"):
         inputs = tiny_tokenizer()(TEXTS[:3], padding=True, return_tensors="pt")
         exported = ExportedModel.from_pretrained(built / variant, device="cpu")
         torch.testing.assert_close(exported(**inputs).logits, load_onnx(built / variant)(**inputs).logits)
@@ -404,13 +404,13 @@ def test_a_tied_masked_lm_stores_its_table_once_in_float32_and_in_int8(masked_lm
 
     quantize_onnx(masked_lm, gate=Gate(features=TEXTS, min_agreement=0.5))
 
-    int8 = onnx_ir.load(masked_lm / "onnx-int8" / "model.onnx")
+    int8 = onnx_ir.load(masked_lm / "onnx_int8" / "model.onnx")
     operators = {node.op_type for node in int8.graph}
     assert {"GatherBlockQuantized", "MatMulNBits", "MatMulInteger"} <= operators
     tables = [value for value in int8.graph.initializers.values() if value.shape == (2000, 1, 32)]
     assert len(tables) == 1
     assert {use.node.op_type for use in tables[0].uses()} == {"Reshape", "MatMulNBits"}
-    assert (masked_lm / "onnx-int8" / "model.onnx").stat().st_size < 0.45 * weights
+    assert (masked_lm / "onnx_int8" / "model.onnx").stat().st_size < 0.45 * weights
 
 
 def has_tied_head(model: onnx_ir.Model) -> bool:
@@ -455,9 +455,9 @@ class Wrong:
 
 def test_int8_is_small_and_close(built: Path) -> None:
     inputs = tiny_tokenizer()(TEXTS[:3], padding=True, return_tensors="pt")
-    full, small = load_onnx(built)(**inputs).logits, load_onnx(built / "onnx-int8")(**inputs).logits
+    full, small = load_onnx(built)(**inputs).logits, load_onnx(built / "onnx_int8")(**inputs).logits
     assert 0 < (full - small).abs().max() < 0.5
-    graph = onnx_ir.load(built / "onnx-int8" / "model.onnx").graph
+    graph = onnx_ir.load(built / "onnx_int8" / "model.onnx").graph
     assert "MatMulInteger" in {node.op_type for node in graph}
     scales = {
         value.shape.numpy() for name, value in graph.initializers.items() if name.endswith("_scale") and value.shape
@@ -496,7 +496,7 @@ def test_padding_decides_nothing_in_a_tagging_gate() -> None:
 def test_without_a_gate_a_warning_says_so(student: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert inspect.signature(quantize_onnx).parameters["gate"].default is inspect.Parameter.empty
     with caplog.at_level(logging.WARNING, "hf_compress.onnx.precision"):
-        exported = quantize_onnx(student, gate=None, output="onnx-ungated")
+        exported = quantize_onnx(student, gate=None, output="onnx_ungated")
     assert "without a gate" in caplog.text
     assert [measurement.metric for measurement in exported.measurements] == ["bytes"]
 
@@ -537,9 +537,9 @@ def test_numbers_are_gated_on_how_like_they_are(tmp_path: Path) -> None:
         similarity = exported.value("similarity_to_fp32")
         assert 0.5 < similarity < 1
         with pytest.raises(GateError, match=rf"is like float32 to {similarity:.4f} \(at least 1\) on 16 rows"):
-            quantize_onnx(folder, gate=Gate(features=TEXTS, min_similarity=1), output="onnx-other")
+            quantize_onnx(folder, gate=Gate(features=TEXTS, min_similarity=1), output="onnx_other")
         with pytest.raises(ConfigurationError, match="labels are classes, and the graph gives numbers"):
-            quantize_onnx(folder, gate=Gate(features=TEXTS, labels=LABELS), output="onnx-other")
+            quantize_onnx(folder, gate=Gate(features=TEXTS, labels=LABELS), output="onnx_other")
 
 
 def test_several_labels_a_row_are_compared_one_by_one() -> None:
@@ -561,7 +561,7 @@ def test_a_flipped_byte_is_refused(student: Path, name: str) -> None:
     for folder in (student, student / "onnx"):
         with pytest.raises(ForeignFileError, match="has changed since it was recorded"):
             load_onnx(folder)
-    load_onnx(student / "onnx-int8")
+    load_onnx(student / "onnx_int8")
 
 
 def test_a_graph_that_is_none_and_a_folder_without_one_are_refused(student: Path, tmp_path: Path) -> None:
@@ -835,7 +835,7 @@ def test_half_precision_runs_on_the_gpu_like_float32(student: Path, provider: st
     quantize_onnx(student, precision="fp16", gate=Gate(features=TEXTS, min_agreement=0.9))
     sizes = {"batch_size": (1, 3, 8), "sequence_length": (1, 16, 64)}
     shapes = sizes if provider == "tensorrt" else None
-    model = load_onnx(student / "onnx-fp16", provider=provider, shapes=shapes)
+    model = load_onnx(student / "onnx_fp16", provider=provider, shapes=shapes)
     reference = AutoModelForSequenceClassification.from_pretrained(student).eval()
     check_parity(model, reference, parity_batches(reference, None), tolerance=2e-2)
 

@@ -37,6 +37,7 @@ from hf_compress.errors import ConfigurationError, GateError, ParityError, Unkno
 from hf_compress.onnx import Gate, blocks, export_model, export_onnx, load_onnx, precision, quantize_onnx
 from hf_compress.onnx import graph as graphs
 from hf_compress.onnx.models import OnnxCausalLM, OnnxSeq2SeqLM, OnnxWhisper
+from hf_compress.outgoing import ALLOWED
 
 TEXTS = ["the film was very good", "a dull story", "i love the music but not the end", "slow"] * 4
 PROMPT = {
@@ -248,6 +249,15 @@ def test_the_first_call_looks_at_no_past_whatever_a_runtime_feeds(seq2seq: Path,
     assert found["present.0.decoder.key"].shape[2] == 2
 
 
+def test_every_file_of_an_export_is_pushed_and_none_names_this_machine(seq2seq: Path) -> None:
+    private = (str(Path.cwd()).encode(), b"site-packages", b"stack_trace")
+    for path in (seq2seq / "onnx").iterdir():
+        assert ALLOWED.fullmatch(f"onnx/{path.name}"), path.name
+        assert not any(word in path.read_bytes() for word in private)
+    recorded = {entry.file for entry in facts.load(seq2seq).evidence if entry.file.startswith("onnx/")}
+    assert recorded == {f"onnx/{path.name}" for path in (seq2seq / "onnx").iterdir()}
+
+
 def test_past_and_present_stand_in_one_order(seq2seq: Path) -> None:
     """Optimum pairs them by place."""
     session = load_onnx(seq2seq).session
@@ -308,7 +318,7 @@ def test_a_tied_language_model_in_8_bits_holds_its_table_once(causal: Path) -> N
     assert {use.node.op_type for use in tables[-1].uses()} >= {"MatMulNBits"}
     assert sum("Reshape" in {use.node.op_type for use in value.uses()} for value in tables) == 1
     assert exported.value("perplexity_rise") < 0.05
-    record = facts.load(causal).find("agreement_with_fp32", variant="onnx-int8")
+    record = facts.load(causal).find("agreement_with_fp32", variant="onnx_int8")
     assert record is not None
     assert record.how["way"] == "8 bit blocks, tables 8 bit"
     ours, full = load_onnx(exported.folder), load_onnx(causal)
@@ -325,7 +335,7 @@ def test_a_way_that_misses_the_gate_is_undone_and_said(causal: Path, monkeypatch
     monkeypatch.setattr(blocks, "quantize_tables", ruined)
     said: list[str] = []
     gate = Gate(features=TEXTS, max_rise=0.5, min_agreement=0.5)
-    exported = quantize_onnx(causal, gate=gate, output="onnx-other", progress=said.append)
+    exported = quantize_onnx(causal, gate=gate, output="onnx_other", progress=said.append)
     stages = [line.split(":")[0] for line in said]
     assert stages == ["quantise", "gate", "undone, the next way follows", "quantise", "gate"]
     assert "raises perplexity by" in said[2]
@@ -343,7 +353,7 @@ def test_an_encoder_decoder_in_fewer_bits_decides_like_float32(seq2seq: Path) ->
         exported = quantize_onnx(
             seq2seq, precision=bits, gate=Gate(features=TEXTS, min_agreement=least, new_tokens=6, batch_size=8)
         )
-        assert exported.folder.name == f"onnx-{bits}"
+        assert exported.folder.name == f"onnx_{bits}"
         assert least <= exported.value("agreement_with_fp32")
         assert exported.bytes < 0.75 * sum(path.stat().st_size for path in (seq2seq / "onnx").iterdir())
         load_onnx(exported.folder).generate(**SOURCE, max_new_tokens=4)
@@ -420,5 +430,5 @@ def test_the_evaluator_takes_an_exported_model(tmp_path: Path) -> None:
 def test_quantising_leaves_the_root_logger_alone(causal: Path) -> None:
     root = logging.getLogger()
     before = root.level, [*root.handlers]
-    quantize_onnx(causal, gate=None, output="onnx-logged")
+    quantize_onnx(causal, gate=None, output="onnx_logged")
     assert (root.level, [*root.handlers]) == before

@@ -151,7 +151,7 @@ def test_one_script_ends_with_one_commit_of_all_of_it(finished: Finished, hub: H
         if path.is_file() and ALLOWED.fullmatch(name := path.relative_to(folder).as_posix())
     }
     assert {
-        "README.md", "compression.json", "config.json", "model.safetensors", "onnx-int8/model.onnx", "onnx/model.onnx",
+        "README.md", "compression.json", "config.json", "model.safetensors", "onnx_int8/model.onnx", "onnx/model.onnx",
         "tokenizer.json",
     } <= held.keys()  # fmt: skip
     assert b'model="me/whole"' in held["README.md"]
@@ -167,8 +167,8 @@ def test_the_folder_is_the_trained_student_and_its_record(finished: Finished) ->
     assert record.training is not None
     assert (record.training.steps, record.training.teacher is not None) == (2, True)
     assert record.find("parity_max_abs_diff", variant="onnx") is not None
-    assert record.find("agreement_with_fp32", variant="onnx-int8") is not None
-    for variant in ("torch", "onnx", "onnx-int8"):
+    assert record.find("agreement_with_fp32", variant="onnx_int8") is not None
+    for variant in ("torch", "onnx", "onnx_int8"):
         assert record.find("accuracy", variant=variant) is not None
     assert record.find("accuracy", "teacher") is not None
     facts.check(folder)
@@ -262,8 +262,8 @@ def test_a_precision_that_misses_its_gate_is_said_and_float32_stays(
 ) -> None:
     """Without a DistillCallback; over an earlier model, whose int8 must not stay beside the new weights."""
     student = tmp_path / "student"
-    (student / "onnx-int8").mkdir(parents=True)
-    (student / "onnx-int8" / "model.onnx").write_bytes(b"of an earlier run")
+    (student / "onnx_int8").mkdir(parents=True)
+    (student / "onnx_int8" / "model.onnx").write_bytes(b"of an earlier run")
 
     def miss(*args: Any) -> Any:
         raise GateError("decides like float32 in 0.5000 of 4 cases (at least 0.95).")

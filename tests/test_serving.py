@@ -95,12 +95,12 @@ PROCESSOR = {
 
 
 def test_the_smallest_variant_that_a_cpu_runs_is_served(tmp_path: Path) -> None:
-    for name in ("onnx", "onnx-int8", "onnx-fp16"):
+    for name in ("onnx", "onnx_int8", "onnx_fp16"):
         made(tmp_path / "of" / name, variant=name, config=CLASSIFIER, tokenizer_config=TOKENIZER)
-    assert 'Path("onnx-int8/onnx-int8")' in render(tmp_path / "of" / "onnx-int8")
-    assert "InferenceSession" not in render(tmp_path / "of" / "onnx-fp16")
-    both = facts.load(tmp_path / "of" / "onnx").evidence + facts.load(tmp_path / "of" / "onnx-int8").evidence
-    assert cards.variant(Record(evidence=both), "text-classification") == "onnx-int8"
+    assert 'Path("onnx_int8/onnx_int8")' in render(tmp_path / "of" / "onnx_int8")
+    assert "InferenceSession" not in render(tmp_path / "of" / "onnx_fp16")
+    both = facts.load(tmp_path / "of" / "onnx").evidence + facts.load(tmp_path / "of" / "onnx_int8").evidence
+    assert cards.variant(Record(evidence=both), "text-classification") == "onnx_int8"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_every_subject_and_variant_is_measured(finished: tuple[Path, ship.Shippe
     pairs = {(m.subject, m.variant) for m in record.measurements if m.metric == "accuracy"}
     assert pairs == {
         ("teacher", "torch"), ("alone", "torch"), ("student-labelled", "torch"),
-        ("student", "torch"), ("student", "onnx"), ("student", "onnx-int8"),
+        ("student", "torch"), ("student", "onnx"), ("student", "onnx_int8"),
     }  # fmt: skip
     assert {m.data.rows for m in record.measurements if m.metric == "accuracy" and m.data} == {ROWS["test"]}
     assert record.training is not None
@@ -197,17 +197,17 @@ def test_what_the_export_measured_survives_the_evaluation(finished: tuple[Path, 
     parity = record.find("parity_max_abs_diff", variant="onnx")
     assert parity is not None
     assert 0 <= parity.value < 1e-3
-    agreement = record.find("agreement_with_fp32", variant="onnx-int8")
+    agreement = record.find("agreement_with_fp32", variant="onnx_int8")
     assert agreement is not None
     assert agreement.how["rows"] == ROWS["choice"]
-    assert record.find("accuracy_drop", variant="onnx-int8") is not None
+    assert record.find("accuracy_drop", variant="onnx_int8") is not None
 
 
 def test_the_commit_holds_the_allowed_files_of_the_student_and_no_other(finished: tuple[Path, ship.Shipped]) -> None:
     output, made = finished
     student, commit = contents(output / "student"), contents(output / "commit")
     assert commit == {name: data for name, data in student.items() if ALLOWED.fullmatch(name)}
-    assert {"model.safetensors", "README.md", "compression.json", "onnx/model.onnx", "onnx-int8/model.onnx"} <= set(
+    assert {"model.safetensors", "README.md", "compression.json", "onnx/model.onnx", "onnx_int8/model.onnx"} <= set(
         commit
     )
     assert "nothing was pushed" in made.destination
@@ -352,7 +352,7 @@ def test_int8_that_misses_its_gate_is_left_out_and_said(
     assert "  int8: not kept. int8 decides otherwise." in told
     assert made.ran == STAGES[4:]
     assert {m.variant for m in made.record.measurements} == {"torch", "onnx"}
-    assert not list(made.folder.glob("onnx-int8*"))
+    assert not list(made.folder.glob("onnx_int8*"))
 
 
 KILLED = """

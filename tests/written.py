@@ -169,7 +169,7 @@ def float_logits(folder: Path) -> Any:
 
 
 def int8_logits(folder: Path) -> Any:
-    return _plain(torch.as_tensor(load_onnx(folder / "student" / "onnx-int8")(**TEXTS)["logits"]))
+    return _plain(torch.as_tensor(load_onnx(folder / "student" / "onnx_int8")(**TEXTS)["logits"]))
 
 
 # ---------------------------------------------------------------------- the state of a loop of our own

@@ -17,7 +17,7 @@ SUBJECTS = {
     "alone": "alone (same start, trained without the teacher)",
     "student-labelled": "student, trained with labels",
 }
-VARIANTS = ("torch", "onnx", "onnx-int8")
+VARIANTS = ("torch", "onnx", "onnx_int8")
 QUALITY = {
     "accuracy": "accuracy",
     "f1_macro": "F1 (macro)",

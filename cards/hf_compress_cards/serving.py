@@ -24,7 +24,7 @@ from .text import literal, plain
 FIGURES = "serving.json"
 NEEDS = {"text": ("onnxruntime", "tokenizers", "numpy"), "images": ("onnxruntime", "pillow", "numpy")}
 """What is installed, by what a model reads."""
-_VARIANTS = ("onnx-int8", "onnx")
+_VARIANTS = ("onnx_int8", "onnx")
 """Those that a CPU runs as they are, smallest first."""
 _TOKENS = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
 _LABELLED = ("text-classification", "token-classification", "image-classification")

@@ -67,7 +67,7 @@ def pipeline_tag(record: Record, architecture: str | None) -> str | None:
 
 def onnx_variants(record: Record) -> list[str]:
     """Folders with recorded ONNX graphs, one or several each, `onnx` first."""
-    found = [re.fullmatch(r"(onnx(?:-[\w.-]+)?)/[\w.-]+\.onnx", entry.file) for entry in record.evidence]
+    found = [re.fullmatch(r"(onnx(?:_[\w.-]+)?)/[\w.-]+\.onnx", entry.file) for entry in record.evidence]
     return sorted({match[1] for match in found if match})
 
 

@@ -20,8 +20,6 @@ from .task import Task, load_examples, read_task
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = ("torch", "onnx", "onnx-int8")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -58,7 +56,7 @@ def evaluate_folder(
     teacher: str | Path | None = None,
     alone: str | Path | None = None,
     others: Mapping[str, str | Path] | None = None,
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] | None = None,
     threads: int = 1,
     timing: Timing | None = None,
     device: str = "cpu",
@@ -73,8 +71,8 @@ def evaluate_folder(
         teacher: folder or hub id; measured too, and what agreement and retention refer to.
         alone: folder or hub id of the student's start trained without a teacher; what `gap_closed` refers to.
         others: further subjects by name, e.g. {"student-labelled": folder}.
-        variants: of the student; one that the folder does not hold is skipped with a log line. Exported variants of
-            the other subjects are measured where their folders hold them.
+        variants: of the student; one that the folder does not hold is skipped with a log line. None: all that it
+            holds. Exported variants of the other subjects are measured where their folders hold them.
         threads: inside an operator, of torch and ONNX Runtime alike.
         timing: what is timed; None: `Timing()`.
         device: "cpu" or "cuda"; exported variants open on the same.
@@ -91,6 +89,8 @@ def evaluate_folder(
     """
     folder = Path(folder)
     task = task if isinstance(task, Task) else read_task(task)
+    if variants is None:
+        variants = ("torch", *sorted(path.parent.name for path in folder.glob("onnx*/model.onnx")))
     with latency.torch_threads(threads):
         beside = {"teacher": teacher, "alone": alone, **(others or {})}
         candidates = [

@@ -25,6 +25,8 @@ class Latency:
 
     median: float
     p90: float
+    p99: float
+    """Of fewer than a hundred runs it is nearly the longest."""
     runs: int
     warmup: int
     batch: int
@@ -104,6 +106,7 @@ def measure_all(
         name: Latency(
             median=float(np.median(taken)),
             p90=float(np.quantile(taken, 0.9)),
+            p99=float(np.quantile(taken, 0.99)),
             runs=runs,
             warmup=warmup,
             batch=batch,

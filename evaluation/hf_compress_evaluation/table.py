@@ -14,7 +14,7 @@ from hf_compress import files
 from hf_compress.facts import Measurement, Record, Setting
 
 SUBJECTS = ("teacher", "alone", "student-labelled", "student")
-VARIANTS = ("torch", "onnx", "onnx-int8")
+VARIANTS = ("torch", "onnx", "onnx_int8")
 BATCHES = (1, 32)
 DERIVED = ("retention", "gap_closed", "gain")
 MISSING = "—"
@@ -152,8 +152,8 @@ def _below(record: Record, found: Sequence[Row]) -> list[str]:
         said = [_SAID[name].format(_range(value)) for name, value in row.derived.items() if value is not None]
         if row.variant == "torch" and said:  # the same model in another format: its row above says what differs
             lines.append(f"{row.subject}: {'; '.join(said)}")
-    if (lost := record.find("accuracy_drop", variant="onnx-int8")) is not None:
-        kept = record.find("agreement_with_fp32", variant="onnx-int8")
+    if (lost := record.find("accuracy_drop", variant="onnx_int8")) is not None:
+        kept = record.find("agreement_with_fp32", variant="onnx_int8")
         same = "" if kept is None else f"; decides like float32 in {kept.value:.3f} of the rows"
         change = -lost.value or 0.0  # no minus before a zero
         lines.append(f"int8: accuracy {change:+.3f}{same}, on the rows that decided to keep it")

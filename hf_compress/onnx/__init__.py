@@ -1,8 +1,8 @@
 """A student folder into ONNX that is proven to give the same numbers, into fewer bits behind a gate, and back to run.
 
     export_onnx(student)                            # student/onnx/
-    quantize_onnx(student, gate=Gate(features=texts, labels=labels))     # student/onnx-int8/
-    model = load_onnx(student / "onnx-int8")        # called like the torch model; for pipelines and `generate`
+    quantize_onnx(student, gate=Gate(features=texts, labels=labels))     # student/onnx_int8/
+    model = load_onnx(student / "onnx_int8")        # called like the torch model; for pipelines and `generate`
 
 One folder per variant, readable by transformers' `ExportedModel` and by Optimum's `ORTModelFor*`. A folder is written
 whole or not at all, and only after the written files gave the model's numbers. Names are imported when first used.

@@ -170,6 +170,12 @@ def _in_order_of_outputs(graph: onnx_ir.Graph, added: Sequence[onnx_ir.Value]) -
     graph.inputs.extend([*others, *(past[name] for name in order if name in past)])
 
 
+def keeps_cache(path: Path) -> bool:
+    """Whether a graph takes keys and values of what came before."""
+    check_external(path)
+    return any(value.name.startswith(_PAST) for value in _read(path).graph.input)
+
+
 def _empty_unless(flag: onnx_ir.Value, graph: onnx_ir.Graph) -> None:
     """Cuts the decoder's own past to no positions where the flag is False: some runtimes feed one of zeros."""
     past = [value for value in graph.inputs if value.name and value.name.startswith(_PAST)]

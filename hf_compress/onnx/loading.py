@@ -36,7 +36,7 @@ def load_onnx(
     """Opens an exported folder on ONNX Runtime.
 
     Args:
-        folder: a variant (`student/onnx-int8`) or a student folder, then its `onnx/`.
+        folder: a variant (`student/onnx_int8`) or a student folder, then its `onnx/`.
         graph: which of several, by name, e.g. "encoder_model"; None: the folder's one model, or encoder and decoder.
         provider: "auto" (CUDA where ONNX Runtime and torch both have it, else the CPU), "cpu", "cuda", "tensorrt", or
             a provider's full name. What was asked for runs, or this raises.

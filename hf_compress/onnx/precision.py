@@ -27,7 +27,7 @@ from hf_compress.errors import ConfigurationError, GateError, UnknownNameError
 from . import blocks, graph
 from .folder import Exported, Progress, check_output, kept, load_processing, measured_folder, record, tell
 from .gate import Gate, Measured, compare
-from .loading import load_onnx, open_folder
+from .loading import check_hashes, open_folder, variant_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def quantize_onnx(
         gate: what it may cost; None, which has to be written out, measures nothing and says so in a warning.
         precision: one of `PRECISIONS`.
         source: the float32 variant's folder in `folder`.
-        output: the folder to write; None: `onnx-` and the precision.
+        output: the folder to write; None: `onnx_` and the precision.
         progress: called with the name of each stage as it begins, and with each way that was undone.
 
     Raises:
@@ -69,13 +69,15 @@ def quantize_onnx(
     """
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
-    origin, target = Path(folder) / source, Path(folder) / (output or f"onnx-{precision}")
+    origin, target = Path(folder) / source, Path(folder) / (output or f"onnx_{precision}")
     check_output(target)
-    full = load_onnx(origin, provider="cpu") if len(graph.files_of(origin)) == 1 or gate is not None else None
+    origin = variant_of(origin)
+    check_hashes(origin)
+    full = open_folder(origin, provider="cpu") if gate is not None else None
     processing_class = load_processing(origin)
     if gate is None:
         logger.warning("%s: written without a gate; how far it is from float32 was not measured.", target.name)
-    ways = _ways(precision, cached=full is not None and full.can_generate())
+    ways = _ways(precision, cached=any(map(graph.keeps_cache, graph.files_of(origin))))
     undone = []
     for number, way in enumerate(ways):
         tell(progress, f"quantise: {way.said}")

@@ -30,7 +30,7 @@ CANARY = "hf_" + "CanaryThatMustNotLeave".ljust(34, "7")
 CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\ntags:\n- distillation\n---\n# A small model\n"
 SENT = {
     "LICENSE", "README.md", "compression.json", "config.json", "evidence/curve.png", "evidence/runs/loss.parquet",
-    "model.safetensors", "onnx-int8/config.json", "onnx-int8/model.onnx", "onnx/config.json", "onnx/export.json",
+    "model.safetensors", "onnx_int8/config.json", "onnx_int8/model.onnx", "onnx/config.json", "onnx/export.json",
     "onnx/model.onnx", "onnx/model.onnx_data", "onnx/tokenizer.json", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
@@ -61,9 +61,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "README.md", CARD)
     write(folder / "LICENSE", "Apache License")
     write(folder / "onnx/model.onnx_data", LOOKALIKE)
-    for name in ("onnx/model.onnx", "onnx-int8/model.onnx"):
+    for name in ("onnx/model.onnx", "onnx_int8/model.onnx"):
         write(folder / name, graph(f"graph of {name}"))
-    for name in ("onnx/config.json", "onnx/export.json", "onnx-int8/config.json", "onnx/tokenizer.json"):
+    for name in ("onnx/config.json", "onnx/export.json", "onnx_int8/config.json", "onnx/tokenizer.json"):
         write(folder / name, "{}")
     evidence = [
         write(folder / "evidence/curve.png", b"\x89PNG\0"),
@@ -144,9 +144,9 @@ def test_a_file_that_is_gone_here_is_taken_away_there_but_not_what_others_added(
     push()
     api = HfApi(endpoint=hub.url, token=hub.token)
     api.create_commit("me/student", [CommitOperationAdd("notes.md", b"by hand")], commit_message="by hand")
-    shutil.rmtree(folder / "onnx-int8")
+    shutil.rmtree(folder / "onnx_int8")
     pushed = push()
-    assert pushed.deleted == ("onnx-int8/config.json", "onnx-int8/model.onnx")
+    assert pushed.deleted == ("onnx_int8/config.json", "onnx_int8/model.onnx")
     assert "2 files of an earlier push deleted" in pushed.describe()
     assert set(hub.files("me/student")) == SENT - set(pushed.deleted) | {"notes.md"}
 
@@ -359,9 +359,9 @@ def test_no_message_holds_a_token(hub: Hub, push: Callable[..., Pushed]) -> None
         ("README.md", CARD + CANARY, "holds a token"),
         ("README.md", CARD + f"{Path.cwd()}/x", "path of your working folder"),
         ("onnx/export.json", f'{{"made": "{Path.home()}/x"}}', "path of your home folder"),
-        ("onnx-int8/model.onnx", graph("int8", metadata=CANARY), "holds a token"),
-        ("onnx-int8/model.onnx", graph("int8", metadata=f"{Path.home()}/x"), "path of your home folder"),
-        ("onnx-int8/model.onnx", b"no graph", "not a readable ONNX graph"),
+        ("onnx_int8/model.onnx", graph("int8", metadata=CANARY), "holds a token"),
+        ("onnx_int8/model.onnx", graph("int8", metadata=f"{Path.home()}/x"), "path of your home folder"),
+        ("onnx_int8/model.onnx", b"no graph", "not a readable ONNX graph"),
         ("onnx/model.onnx", b"other\0", "has changed since it was recorded"),
         ("model.safetensors", b"no weights", "has changed|no safetensors"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}', "which is missing"),
@@ -416,7 +416,7 @@ def test_a_token_in_the_header_of_weights_is_found(folder: Path) -> None:
 
 def test_links_out_of_the_folder_or_to_a_secret_are_refused(folder: Path, tmp_path: Path) -> None:
     outside = write(tmp_path / "outside/secret.txt", CANARY)
-    for link, target in (("vocab.txt", outside), ("LICENSE.txt", folder / ".env"), ("onnx-fp16", outside.parent)):
+    for link, target in (("vocab.txt", outside), ("LICENSE.txt", folder / ".env"), ("onnx_fp16", outside.parent)):
         (folder / link).symlink_to(target)
         write(outside.parent / "config.json", "{}")
         with pytest.raises(ForeignFileError, match=r"leads out|must not leave"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VARIANTS = ("onnx", "onnx-int8")
+VARIANTS = ("onnx", "onnx_int8")
 LOADERS = {
     "bert-classifier": "ORTModelForSequenceClassification",
     "bert-tagger": "ORTModelForTokenClassification",

@@ -2,7 +2,7 @@
 
     python -m with_optimum.students FOLDER COMMAND...
 
-writes `FOLDER/NAME/` with `onnx/` and `onnx-int8/`, and `FOLDER/NAME.safetensors`: the inputs as `input.NAME`, and for
+writes `FOLDER/NAME/` with `onnx/` and `onnx_int8/`, and `FOLDER/NAME.safetensors`: the inputs as `input.NAME`, and for
 each variant the outputs as `VARIANT.NAME`, and what `generate` gives, as `VARIANT.tokens` and with beams as
 `VARIANT.beams`. Then it runs the command with `HF_ENDPOINT` set to a hub on loopback, and exits as the command did.
 """

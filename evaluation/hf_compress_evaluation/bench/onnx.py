@@ -28,7 +28,7 @@ from . import Bench, Figures
 
 PEER = "HF_COMPRESS_OPTIMUM"
 """Environment variable: folder of the environment with Optimum, if it is not where `ci/optimum` makes it."""
-VARIANTS = {"float32": "onnx", "int8": "onnx-int8"}
+VARIANTS = {"float32": "onnx", "int8": "onnx_int8"}
 """Folder by part."""
 REPEATS = {(1, 16): 300, (1, 64): 100, (1, 128): 60, (32, 16): 20, (32, 64): 10, (32, 128): 6}
 """Calls of each graph, by (batch, time)."""
@@ -44,7 +44,7 @@ from optimum.onnxruntime.configuration import AutoQuantizationConfig
 student, output = sys.argv[1], Path(sys.argv[2])
 main_export(student, output / "onnx", task="text-classification", do_validation=False)
 config = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
-ORTQuantizer.from_pretrained(output / "onnx").quantize(save_dir=output / "onnx-int8", quantization_config=config)
+ORTQuantizer.from_pretrained(output / "onnx").quantize(save_dir=output / "onnx_int8", quantization_config=config)
 """
 """Run by the other environment's Python, on the student's folder and the one to write."""
 

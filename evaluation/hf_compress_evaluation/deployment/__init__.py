@@ -6,6 +6,7 @@ is there is not measured again; a figure that misses its bar is written as it wa
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import tempfile
@@ -15,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import Tensor
 
@@ -34,7 +36,12 @@ Row = dict[str, Any]
 
 
 def measure(
-    name: str, output: Path = RESULTS, *, again: bool = False, progress: Callable[[str], None] | None = None
+    name: str,
+    output: Path = RESULTS,
+    *,
+    again: bool = False,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
 ) -> Row:
     """The figures of one model; measured if they are not there yet.
 
@@ -42,6 +49,8 @@ def measure(
         name: a key of `CASES`.
         output: the results file; rows of other models are kept.
         again: measure what is there already.
+        device: "cpu", or "cuda": then torch in half precision is the baseline, float16 takes the place of 8 bits, and
+            TensorRT runs where ONNX Runtime has it.
         progress: called with a line before each part.
     """
     rows: dict[str, Row] = files.read_json(output) if output.exists() else {}
@@ -56,7 +65,7 @@ def measure(
     tell("make")
     case = CASES[name]()
     with tempfile.TemporaryDirectory() as folder, latency.torch_threads(1):
-        row = _row(case, Path(folder) / "student", tell)
+        row = _row(case, Path(folder) / "student", tell, device)
     row |= {
         "command": f'python -m hf_compress_evaluation.deployment "{name}"',
         "date": date.today().isoformat(),
@@ -70,7 +79,7 @@ def measure(
     return row
 
 
-def _row(case: Case, folder: Path, tell: Callable[[str], None]) -> Row:
+def _row(case: Case, folder: Path, tell: Callable[[str], None], device: str) -> Row:
     case.model.save_pretrained(folder)
     if case.processing is not None:
         case.processing.save_pretrained(folder)
@@ -84,18 +93,18 @@ def _row(case: Case, folder: Path, tell: Callable[[str], None]) -> Row:
         "largest difference": exported.value("parity_max_abs_diff"),
         "onnx bytes": _bytes(exported.folder),
     }
-    tell("int8")
+    precision = "int8" if device == "cpu" else "fp16"
+    variant = f"onnx_{precision}"
+    tell(precision)
     try:
-        int8 = quantize_onnx(folder, gate=case.gate, progress=tell)
-        row["int8"] = {one.metric: round(one.value, 5) for one in int8.measurements if one.metric != "bytes"} | {
+        int8 = quantize_onnx(folder, gate=case.gate, precision=precision, progress=tell)
+        row[precision] = {one.metric: round(one.value, 5) for one in int8.measurements if one.metric != "bytes"} | {
             "way": str(int8.measurements[0].how["way"])
         }
-        row["onnx-int8 bytes"] = _bytes(int8.folder)
+        row[f"{variant} bytes"] = _bytes(int8.folder)
     except GateError as error:
-        row["int8"] = {"gate": str(error)}
-    models: dict[str, Any] = {"torch": case.model.eval(), "onnx": load_onnx(folder, threads=1)}
-    if (folder / "onnx-int8").is_dir():
-        models["onnx-int8"] = load_onnx(folder / "onnx-int8", threads=1)
+        row[precision] = {"gate": str(error)}
+    models = _models(case, folder, variant, device)
     tell("compare")
     row["same tokens as torch"] = _same_tokens(case, models) if case.model.can_generate() else None
     row["decides like torch"] = _agreement(case, models["onnx"])
@@ -104,10 +113,23 @@ def _row(case: Case, folder: Path, tell: Callable[[str], None]) -> Row:
     tell("time")
     row["timed"] = case.shape
     for rows in (1, 32):
-        row[f"milliseconds, {rows}"] = _times(case, models, rows)
+        row[f"milliseconds, {rows}"] = _times(case, models, rows, device)
     if case.texts and not case.model.config.is_encoder_decoder:
         row["tokens a second"] = {kind: _speed(case, model) for kind, model in models.items()}
     return row
+
+
+def _models(case: Case, folder: Path, variant: str, device: str) -> dict[str, Any]:
+    """What is compared, torch first."""
+    model = case.model.eval().to(device)
+    found: dict[str, Any] = {"torch": model, "onnx": load_onnx(folder, threads=1, provider=device)}
+    if (folder / variant).is_dir():
+        found[variant] = load_onnx(folder / variant, threads=1, provider=device)
+    if device == "cuda":
+        found["torch fp16"] = copy.deepcopy(model).half()
+        if "TensorrtExecutionProvider" in onnxruntime.get_available_providers():
+            found["TensorRT fp16"] = load_onnx(folder, provider="tensorrt", options={"trt_fp16_enable": True})
+    return found
 
 
 def _bytes(folder: Path) -> int:
@@ -130,8 +152,10 @@ def _encoded(case: Case) -> dict[str, Tensor]:
 def _generate(case: Case, model: Any, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
     pad = getattr(case.processing, "pad_token_id", None)
     given = {"pad_token_id": pad} if pad is not None else {}
-    made: Tensor = model.generate(**inputs, **given, **settings)
-    return made
+    made: Tensor = model.generate(
+        **{name: value.to(model.device) for name, value in _halved(inputs, model).items()}, **given, **settings
+    )
+    return made.cpu()
 
 
 def _same_tokens(case: Case, models: Mapping[str, Any]) -> dict[str, bool]:
@@ -157,21 +181,24 @@ def _agreement(case: Case, exported: Any) -> float | None:
     if case.model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.arange(16).reshape(8, 2) + 5
     with torch.inference_mode():
-        ours, theirs = (model(**inputs) for model in (exported, case.model))
+        ours, theirs = (
+            model(**{name: value.to(model.device) for name, value in inputs.items()})
+            for model in (exported, case.model)
+        )
     if "logits" not in theirs:
         return None
-    same: float = (ours["logits"].argmax(-1) == theirs["logits"].argmax(-1)).double().mean().item()
+    same: float = (ours["logits"].cpu().argmax(-1) == theirs["logits"].cpu().argmax(-1)).double().mean().item()
     return round(same, 5)
 
 
-def _times(case: Case, models: Mapping[str, Any], rows: int) -> dict[str, float]:
-    """Median milliseconds of a forward, or of generating where there is a decoder of its own."""
-    inputs = case.inputs(rows)
+def _times(case: Case, models: Mapping[str, Any], rows: int, device: str) -> dict[str, float]:
+    """Median milliseconds of a forward, or of generating where there is a decoder of its own; p90 and p99 on a GPU."""
+    inputs = {name: value.to(device) for name, value in case.inputs(rows).items()}
 
     def call(model: Any) -> Callable[[], object]:
         if case.model.config.is_encoder_decoder:
             return lambda: _generate(case, model, inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-        return lambda: model(**inputs)
+        return lambda: model(**_halved(inputs, model))
 
     calls = {kind: call(model) for kind, model in models.items()}
     with torch.inference_mode():
@@ -179,9 +206,19 @@ def _times(case: Case, models: Mapping[str, Any], rows: int) -> dict[str, float]
         for each in calls.values():
             each()
         once = time.perf_counter() - started
-    runs = max(3, min(30, int(20 / max(once, 1e-3))))
+    runs = max(3, min(30, int(20 / max(once, 1e-3)))) if device == "cpu" else 200
     taken = latency.measure_all(calls, batch=rows, length=1, runs=runs, warmup=1, threads=1)
-    return {kind: float(f"{one.median * 1000:.4g}") for kind, one in taken.items()}
+    found = {kind: float(f"{one.median * 1000:.4g}") for kind, one in taken.items()}
+    if device == "cuda":
+        found |= {f"{kind}, p{at}": float(f"{value * 1000:.4g}") for kind, one in taken.items()
+                  for at, value in ((90, one.p90), (99, one.p99))}  # fmt: skip
+    return found
+
+
+def _halved(inputs: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Images and spectra in the precision of a torch model; graphs cast by themselves."""
+    half = isinstance(next(iter(model.parameters()), None), Tensor) and model.dtype == torch.float16
+    return {name: value.half() if half and value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def _speed(case: Case, model: Any) -> float:
@@ -210,7 +247,7 @@ def markdown(rows: Mapping[str, Row]) -> str:
         for label, values in row.items():
             if isinstance(values, dict) and label.startswith("word error"):
                 int8 += f"; {label}: {_list(values)}"
-        small = row["onnx-int8 bytes"] / row["onnx bytes"] if "onnx-int8 bytes" in row else None
+        small = row["onnx_int8 bytes"] / row["onnx bytes"] if "onnx_int8 bytes" in row else None
         cells = (
             f"{name} ({row['timed']})",
             f"{row['parameters'] / 1e6:.2f} M",
