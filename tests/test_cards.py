@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -115,7 +116,9 @@ def made(path: Path, record: Record | None, **config: Any) -> Path:
 def rows(card: str) -> list[list[str]]:
     """Cells of all table rows."""
     return [
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in card.splitlines() if line.startswith("| ")
+        [html.unescape(cell.strip()) for cell in line.strip("|").split(" | ")]
+        for line in card.splitlines()
+        if line.startswith("| ")
     ]
 
 
@@ -490,7 +493,7 @@ def test_the_code_for_onnx_runtime_runs_and_agrees(
     monkeypatch.chdir(tmp_path)
     torch_code, onnx_code, optimum_code, _ = blocks(render(folder))  # the last without torch: tests/test_serving.py
     compile(optimum_code, "card", "exec")  # Optimum lives in another environment
-    assert 'ORTModelForSequenceClassification.from_pretrained("student/onnx")' in optimum_code
+    assert 'ORTModelForSequenceClassification.from_pretrained("student", subfolder="onnx")' in optimum_code
     capsys.readouterr()
     exec(torch_code, {})
     exec(onnx_code, {})
