@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import shutil
@@ -116,7 +115,7 @@ def made(path: Path, record: Record | None, **config: Any) -> Path:
 def rows(card: str) -> list[list[str]]:
     """Cells of all table rows."""
     return [
-        [html.unescape(cell.strip()) for cell in line.strip("|").split(" | ")]
+        [cell.strip().replace("\\_", "_") for cell in line.strip("|").split(" | ")]
         for line in card.splitlines()
         if line.startswith("| ")
     ]
