@@ -329,7 +329,7 @@ REPORTS = (
     ),
     Report(
         "huggingface/optimum#2233, #2246, #2008",
-        "Of several graphs in a folder the wrong one is loaded, or none.",
+        "Of several graphs in a folder the wrong one is loaded.",
         (
             "test_onnx_generation.py::test_a_class_names_its_graphs",
             "test_onnx.py::test_int8_is_small_and_close",
