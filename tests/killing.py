@@ -71,7 +71,7 @@ def trained(folder: Path, name: str) -> Trainer:
     return made
 
 
-def child(folder: str, name: str, saving: Synchronized[int]) -> None:
+def child(folder: str, name: str, saving: c_int) -> None:
     """Trains to the end, from the newest whole checkpoint where there is one, and writes losses and weights."""
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
@@ -110,7 +110,7 @@ class Killing:
 
     def start(self, folder: Path, name: str) -> tuple[Any, Synchronized[int]]:
         folder.mkdir(parents=True, exist_ok=True)
-        saving = self.context.Value(c_int, 0)
+        saving = self.context.Value(c_int, 0, lock=False)  # a child that is killed would keep the lock for ever
         process = self.context.Process(target=child, args=(str(folder), name, saving))
         process.start()
         return process, saving
