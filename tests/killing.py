@@ -16,7 +16,6 @@ from collections.abc import Callable
 from ctypes import c_int
 from dataclasses import replace
 from multiprocessing import forkserver
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -108,7 +107,7 @@ class Killing:
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
             forkserver.ensure_running()  # it finds what it is to import by its environment alone
 
-    def start(self, folder: Path, name: str) -> tuple[Any, Synchronized[int]]:
+    def start(self, folder: Path, name: str) -> tuple[Any, c_int]:
         folder.mkdir(parents=True, exist_ok=True)
         saving = self.context.Value(c_int, 0, lock=False)  # a child that is killed would keep the lock for ever
         process = self.context.Process(target=child, args=(str(folder), name, saving))
