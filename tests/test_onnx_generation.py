@@ -432,3 +432,24 @@ def test_quantising_leaves_the_root_logger_alone(causal: Path) -> None:
     before = root.level, [*root.handlers]
     quantize_onnx(causal, gate=None, output="onnx_logged")
     assert (root.level, [*root.handlers]) == before
+
+
+def test_a_table_of_encoder_and_decoder_is_written_once_in_float32_and_in_8_bits(tmp_path: Path) -> None:
+    """T5's: both graphs read it from the decoder's external data, which Optimum fetches before it opens either."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=4000, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    export_onnx(tmp_path)
+    quantize_onnx(tmp_path, gate=Gate(features=TEXTS, min_agreement=0, new_tokens=3))
+    size = (tmp_path / "model.safetensors").stat().st_size
+    for variant, most in (("onnx", 1.25), ("onnx_int8", 0.6)):
+        folder = tmp_path / variant
+        assert (folder / "decoder_model_merged.onnx_data").is_file()
+        assert sum(path.stat().st_size for path in folder.glob("*.onnx*")) < most * size
+        made = load_onnx(folder).generate(**SOURCE, max_new_tokens=4)
+        assert made.shape[0] == 2
+        for name in ("encoder_model", "decoder_model_merged"):
+            held = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.initializer
+            assert "decoder_model_merged.onnx_data" in {e.value for tensor in held for e in tensor.external_data}

@@ -104,8 +104,7 @@ def export_model(
     traced = [tracing.trace(part) for part in tracing.parts(clean, processing_class)]
     with files.atomic_folder(output) as part:
         tell(progress, "write")
-        for one in traced:
-            graph.save(one.exported.program, part / one.file)
+        graph.save_all({one.file: one.exported.program for one in traced}, part)
         write_companions(part, model, processing_class, traced)
         tell(progress, "parity")
         try:

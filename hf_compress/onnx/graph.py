@@ -6,6 +6,7 @@ leaves the axes anonymous. Both are mended here, on `onnx_ir` models, before a f
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ PLACEHOLDER = ".data"
 """Added to a graph's name: an empty file that transformers' `ExportedModel.from_pretrained` insists on."""
 INLINE_BYTES = 1_500_000_000
 """Weights up to this size stay inside `model.onnx`; protobuf ends at 2 GiB, graph included."""
+SHARED_BYTES = 2**16
+"""Least size of a weight that graphs of one variant share in a file."""
 MAX_NODES = 100_000
 """Most nodes of a foreign graph. ONNX Runtime takes ten seconds to open twice as many, in five megabytes."""
 
@@ -226,6 +229,55 @@ def _only_for(values: Sequence[onnx_ir.Value]) -> set[onnx_ir.Node]:
     return found
 
 
+def save_all(models: Mapping[str, onnx_ir.Model], folder: Path) -> None:
+    """Writes the graphs of a variant by file name; a large weight that several of them hold is written once.
+
+    Such weights lie in the external data of the last graph: T5 embeds with one table in its encoder and its decoder.
+
+    Raises:
+        ConfigurationError: as `save`.
+    """
+    if len(models) > 1:
+        _share_weights(list(models.values()), folder / f"{[*models][-1]}{WEIGHTS}")
+    for name, model in models.items():
+        save(model, folder / name)
+
+
+def _share_weights(models: Sequence[onnx_ir.Model], path: Path) -> None:
+    held: dict[tuple[str, bytes], list[onnx_ir.Value]] = {}
+    for model in models:
+        for value in model.graph.initializers.values():
+            if (tensor := value.const_value) is not None and tensor.nbytes >= SHARED_BYTES:
+                digest = hashlib.sha256(tensor.tobytes()).digest()
+                held.setdefault((f"{tensor.dtype} {tensor.shape}", digest), []).append(value)
+    shared = [values for values in held.values() if len({id(value.graph) for value in values}) > 1]
+    if not shared or _bytes(models[-1]) > INLINE_BYTES:
+        return
+    with open(path, "wb") as file:
+        for values in shared:
+            tensor = values[0].const_value
+            assert tensor is not None
+            offset = file.tell()
+            file.write(tensor.tobytes())
+            for value in values:
+                value.const_value = onnx_ir.ExternalTensor(
+                    path.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=str(value.name),
+                    base_dir=str(path.parent),
+                )  # fmt: skip
+
+
+def _bytes(model: onnx_ir.Model) -> int:
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def load(path: Path) -> onnx_ir.Model:
+    """A saved graph with all its weights in memory."""
+    model = onnx_ir.load(str(path))
+    onnx_ir.external_data.load_to_model(model)
+    return model
+
+
 def save(model: onnx_ir.Model, path: Path) -> None:
     """Writes a graph with the weights inside, or with them in `<name>.onnx_data` above `INLINE_BYTES`.
 
@@ -234,8 +286,7 @@ def save(model: onnx_ir.Model, path: Path) -> None:
     Raises:
         ConfigurationError: if the file names a folder or holds source lines of the exporting machine.
     """
-    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    large = sum(tensor.nbytes for tensor in tensors) > INLINE_BYTES
+    large = _bytes(model) > INLINE_BYTES
     onnx_ir.save(model, str(path), external_data=path.name + WEIGHTS if large else None)
     path.with_name(path.name + PLACEHOLDER).touch()
     check_private(path)

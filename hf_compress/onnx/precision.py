@@ -28,6 +28,7 @@ from . import blocks, graph
 from .folder import Exported, Progress, check_output, kept, load_processing, measured_folder, record, tell
 from .gate import Gate, Measured, compare
 from .loading import check_hashes, open_folder, variant_of
+from .tracing import DECODER
 
 logger = logging.getLogger(__name__)
 
@@ -108,18 +109,25 @@ def _recorded(folder: Path, target: Path, measured: Measured, way: Way, undone: 
 
 
 def _write(origin: Path, target: Path, way: Way) -> None:
-    for path in graph.files_of(origin):
-        program = onnx_ir.load(str(path))
+    made: dict[str, onnx_ir.Model] = {}
+    for path in _in_order(origin):
+        program = graph.load(path)
         before = _operators(program)
         with _without_advice():
             program = way.make(program)
         if _operators(program) == before:
             raise ConfigurationError(f"{path.name} holds no products or tables of constants: nothing to quantise.")
         graph.strip_metadata(program)
-        graph.save(program, target / path.name)
+        made[path.name] = program
+    graph.save_all(made, target)
     for path in origin.iterdir():
         if path.is_file() and ".onnx" not in path.name:
             shutil.copyfile(path, target / path.name)
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """The decoder last, as it was written."""
+    return sorted(graph.files_of(folder), key=lambda path: path.stem == DECODER)
 
 
 def _operators(program: onnx_ir.Model) -> list[tuple[str, str]]:
