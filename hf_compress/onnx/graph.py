@@ -27,7 +27,7 @@ PLACEHOLDER = ".data"
 """Added to a graph's name: an empty file that transformers' `ExportedModel.from_pretrained` insists on."""
 INLINE_BYTES = 1_500_000_000
 """Weights up to this size stay inside `model.onnx`; protobuf ends at 2 GiB, graph included."""
-SHARED_BYTES = 2**16
+SHARED_BYTES = 2**12
 """Least size of a weight that graphs of one variant share in a file."""
 MAX_NODES = 100_000
 """Most nodes of a foreign graph. ONNX Runtime takes ten seconds to open twice as many, in five megabytes."""
