@@ -258,6 +258,7 @@ def test_macro_f1_is_scikit_learns() -> None:
     assert found.interval[0] < found.value < found.interval[1]
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")
 def test_matthews_correlation_is_scikit_learns() -> None:
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 3, 200)
@@ -900,7 +901,7 @@ def test_a_regression_model_and_an_empty_folder_are_refused(
     with pytest.raises(MismatchError, match="1 classes"):
         folder.evaluate_folder(tmp_path / "regression", task=student.parent / "task.yaml")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ForeignFileError, match="holds none of torch, onnx, onnx_int8"):
+    with pytest.raises(ForeignFileError, match="holds none of torch"):
         folder.evaluate_folder(tmp_path / "empty", task=student.parent / "task.yaml")
 
 

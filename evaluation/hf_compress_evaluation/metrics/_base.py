@@ -54,8 +54,8 @@ class Offline(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         if not len(column):
             raise MismatchError(f"{self.name}: there is no row to score. Check the data set and its row limit.")
 
-    def score(self, *, predictions: Any, references: Any) -> Any:
-        """The result from all rows and the arguments of `compute`."""
+    def score(self, *args: Any, **given: Any) -> Any:
+        """The result from all rows and the arguments of `compute`, all by name."""
         raise NotImplementedError
 
 

@@ -35,7 +35,7 @@ class Perplexity(Offline):
     INPUTS = "nats: summed cross-entropy of each text; tokens: how many were predicted in it"
     FEATURES = datasets.Features({"nats": datasets.Value("float64"), "tokens": datasets.Value("int64")})
 
-    def score(self, *, nats: Sequence[float], tokens: Sequence[int]) -> dict[str, float | list[float]]:  # type: ignore[override]  # its own inputs
+    def score(self, *, nats: Sequence[float], tokens: Sequence[int]) -> dict[str, float | list[float]]:
         _check("perplexity", nats, tokens, "tokens")
         each = [_exp(cost / count) for cost, count in zip(nats, tokens, strict=True)]
         return {
@@ -57,7 +57,7 @@ class BitsPerByte(Offline):
     INPUTS = "nats: summed cross-entropy of each text; bytes: its length in UTF-8"
     FEATURES = datasets.Features({"nats": datasets.Value("float64"), "bytes": datasets.Value("int64")})
 
-    def score(self, *, nats: Sequence[float], bytes: Sequence[int]) -> dict[str, float]:  # type: ignore[override]  # its own inputs
+    def score(self, *, nats: Sequence[float], bytes: Sequence[int]) -> dict[str, float]:
         _check("bits_per_byte", nats, bytes, "bytes")
         return {"bits_per_byte": sum(nats) / sum(bytes) / math.log(2)}
 
