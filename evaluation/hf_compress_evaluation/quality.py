@@ -46,8 +46,7 @@ Labels = NDArray[np.int64]
 QUALITY = ("accuracy", "f1_macro")
 """Measured unless a task asks for others."""
 OF_LABELS = (*QUALITY, "f1_micro", "matthews_correlation", "calibration_error")
-OF_TEACHER = ("kl",)
-METRICS = (*OF_LABELS, *OF_TEACHER)
+METRICS = (*OF_LABELS, "kl")
 """What a task may ask for."""
 LENGTH = 512
 """Tokens kept of a row where neither the tokenizer nor the config sets a limit."""
