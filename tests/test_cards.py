@@ -137,6 +137,24 @@ def test_the_tables_hold_what_was_measured_in_a_readable_unit(folder: Path) -> N
     assert ["agreement with fp32", "student", INT8, "99.1 %"] in card
 
 
+def test_what_a_task_asked_for_is_shown_beside_and_slices_by_name(tmp_path: Path) -> None:
+    def taken(subject: str) -> Iterator[Measurement]:
+        yield measured(subject, "torch", "accuracy", 0.8, "fraction", data=EVALUATED)
+        yield measured(subject, "torch", "matthews_correlation", 0.6124, "correlation", interval=(0.5, 0.7))
+        yield measured(subject, "torch", "accuracy_by_class", 0.75, "fraction", how={"class": "<b>good</b>"})
+        yield measured(subject, "torch", "accuracy_by_length", 0.5, "fraction", how={"tokens": "1-17"})
+
+    kl = measured("student", "torch", "kl", 0.0512, "nats")
+    card = rows(render(made(tmp_path / "m", Record(measurements=(*taken("teacher"), *taken("student"), kl)))))
+    assert card[:3] == [
+        ["model", "variant", "accuracy", "Matthews correlation", "KL from the teacher"],
+        ["teacher", "torch", "80.0 %", "0.612 (0.500 to 0.700)", "–"],
+        ["student", "torch", "80.0 %", "0.612 (0.500 to 0.700)", "0.0512 nats"],
+    ]
+    assert ["accuracy by class: &lt;b&gt;good&lt;/b&gt;", "student", "torch", "75.0 %"] in card
+    assert ["accuracy by length: 1-17 tokens", "student", "torch", "50.0 %"] in card
+
+
 def test_the_text_says_how_it_was_made_and_what_follows(folder: Path) -> None:
     card = " ".join(render(folder).split())
     for told in (

@@ -1,16 +1,14 @@
-"""Metrics, agreement, intervals, latency, predictions, tasks, table: closed forms, the authors' values, errors."""
+"""Agreement, calibration, intervals, latency, predictions, tasks, table: closed forms, the authors' values, errors."""
 
 from __future__ import annotations
 
-import doctest
 import gzip
 import json
 import logging
 import math
 import os
 import re
-import subprocess
-import sys
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +16,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_compress_evaluation import agreement, examples, folder, intervals, latency, metrics, quality, table, task
+from hf_compress_evaluation import (
+    agreement,
+    calibration,
+    examples,
+    folder,
+    intervals,
+    latency,
+    metrics,
+    quality,
+    table,
+    task,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, save
 from rich.console import Console
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, matthews_corrcoef
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -89,55 +98,6 @@ def texts(count: int) -> list[str]:
     return [" ".join(draw.choice(WORDS, draw.integers(1, 12))) for _ in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------------- metrics
-
-
-def test_metrics_by_hand() -> None:
-    """Class 0: precision 2/3, recall 1, F1 0.8; class 1: precision 1, recall 1/2, F1 2/3."""
-    rows = {"predictions": [0, 0, 0, 1], "references": [0, 0, 1, 1]}
-    assert metrics.load("accuracy").compute(**rows) == {"accuracy": 0.75}
-    assert metrics.load("f1_macro").compute(**rows)["f1_macro"] == pytest.approx((0.8 + 2 / 3) / 2)
-
-
-def test_metrics_take_batches() -> None:
-    metric = metrics.load("accuracy")
-    metric.add_batch(predictions=[0, 1], references=[0, 0])
-    metric.add_batch(predictions=[1], references=[1])
-    assert metric.compute()["accuracy"] == pytest.approx(2 / 3)
-
-
-def test_the_example_in_the_docstring_runs() -> None:
-    assert doctest.testmod(metrics).attempted == 1
-    assert doctest.testmod(metrics).failed == 0
-
-
-def test_metrics_leave_no_file_that_another_process_could_meet() -> None:
-    assert metrics.load("accuracy").keep_in_memory
-    assert not metrics.load("accuracy", keep_in_memory=False, experiment_id="apart").keep_in_memory
-
-
-def test_an_unknown_metric_names_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean 'accuracy'"):
-        metrics.load("acuracy")
-
-
-def test_metrics_by_name_need_no_network_and_no_time() -> None:
-    """The child has no sockets at all; its seconds are those after the imports, on its own processor."""
-    code = """
-import socket, time
-def refused(*args, **kwargs): raise RuntimeError("network")
-socket.socket.connect = socket.getaddrinfo = refused
-from hf_compress_evaluation import metrics
-start = time.process_time()
-for name in metrics.METRICS:
-    print(metrics.load(name).compute(predictions=[0, 1], references=[0, 1])[name])
-assert time.process_time() - start < 5
-"""
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["1.0", "1.0"], done.stderr
-
-
 # -------------------------------------------------------------------------------------------------- agreement
 
 
@@ -183,9 +143,81 @@ def test_rows_without_a_distribution_are_named(bad: list[float]) -> None:
         agreement.kl(np.zeros((2, 2)), np.array([[0.0, 1.0], bad]))
 
 
+def test_regression_loyalty_by_hand() -> None:
+    """3·t + 2 follows the teacher exactly, however far away; the squares keep its order, not its line."""
+    teacher = np.array([0.0, 1.0, 2.0, 3.0])
+    assert agreement.regression_loyalty(3 * teacher + 2, teacher) == pytest.approx(1.0)
+    assert agreement.regression_loyalty(-teacher, teacher) == pytest.approx(-1.0)
+    # x - x̄ = (-3, -1, 1, 3)/2, squares less 3.5: r = 15 / √(5 · 49)
+    assert agreement.regression_loyalty(teacher**2, teacher) == pytest.approx(15 / math.sqrt(5 * 49))
+    assert agreement.rank_loyalty(teacher**2, teacher) == pytest.approx(1.0)
+    np.testing.assert_array_equal(agreement.score_difference_rows(teacher**2, teacher), [0, 0, 2, 6])
+    assert agreement.score_difference(teacher**2, teacher) == 2.0
+
+
+@pytest.mark.parametrize("measure", [agreement.regression_loyalty, agreement.rank_loyalty])
+def test_a_constant_model_has_no_correlation_with_its_teacher(measure: Callable[..., float]) -> None:
+    with pytest.raises(MismatchError, match="the student gives 1 for all 3 rows"):
+        measure(np.ones(3), np.arange(3.0))
+    with pytest.raises(MismatchError, match="the teacher gives 1 for all 3 rows"):
+        measure(np.arange(3.0), np.ones(3))
+    assert agreement.score_difference(np.ones(3), np.arange(3.0)) == pytest.approx(2 / 3)
+
+
+def test_scores_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(MismatchError, match=r"student scores \(2,\) and teacher scores \(3,\)"):
+        agreement.score_difference(np.ones(2), np.ones(3))
+    with pytest.raises(NumericalError, match="the teacher's score of row 1 is nan"):
+        agreement.regression_loyalty(np.arange(2.0), np.array([0.0, math.nan]))
+
+
 def test_a_base_that_is_no_base_is_refused() -> None:
     with pytest.raises(ValueError, match="base must be above 1"):
         agreement.probability_loyalty(np.zeros((1, 2)), np.zeros((1, 2)), base=1)
+
+
+# ------------------------------------------------------------------------------------------------ calibration
+
+
+def test_calibration_error_by_hand() -> None:
+    """Two rows say 3/4 and one is right; two say 0.9 and both are: (2 · 1/4 + 2 · 1/10) / 4."""
+    logits = logs(np.array([[0.75, 0.25], [0.75, 0.25], [0.1, 0.9], [0.1, 0.9]]))
+    assert calibration.calibration_error(logits, [0, 1, 1, 1]) == pytest.approx((2 / 4 + 2 / 10) / 4)
+    np.testing.assert_allclose(calibration.confidence_rows(logits), [0.75, 0.75, 0.9, 0.9])
+
+
+def test_errors_of_one_bin_cancel_and_those_of_two_do_not() -> None:
+    """Bins end at 13/15 = 0.867: 0.81 and 0.85 lie in one, 0.87 in the next."""
+    right, wrong = np.array([1.0]), np.array([0.0])
+    one = calibration.binned_error(np.array([0.81, 0.85]), np.concatenate([right, wrong]))
+    two = calibration.binned_error(np.array([0.81, 0.87]), np.concatenate([right, wrong]))
+    assert one == pytest.approx(abs(0.19 - 0.85) / 2)
+    assert two == pytest.approx((0.19 + 0.87) / 2)
+
+
+def test_a_certain_model_is_calibrated_if_it_is_right() -> None:
+    logits = logs(np.eye(3))
+    assert calibration.calibration_error(logits, [0, 1, 2]) == 0.0
+    assert calibration.calibration_error(logits, [1, 2, 0]) == 1.0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_calibration_error_stays_in_range_and_ignores_a_shift_and_the_order(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    logits, labels, order = 3 * draw.normal(size=(20, 4)), draw.integers(0, 4, 20), draw.permutation(20)
+    found = calibration.calibration_error(logits, labels)
+    assert 0 <= found <= 1
+    assert calibration.calibration_error(logits[order] + 0.5, labels[order]) == pytest.approx(found)
+
+
+def test_what_cannot_be_calibrated_is_refused() -> None:
+    with pytest.raises(MismatchError, match=r"logits \(0, 2\)"):
+        calibration.calibration_error(np.zeros((0, 2)), [])
+    with pytest.raises(MismatchError, match=r"labels \(1,\) for 2 rows"):
+        calibration.calibration_error(np.zeros((2, 2)), [0])
+    with pytest.raises(NumericalError, match="logits of row 1"):
+        calibration.calibration_error(np.array([[0.0, 1.0], [math.nan, 0.0]]), [0, 0])
 
 
 # -------------------------------------------------------------------------------------------------- intervals
@@ -224,6 +256,43 @@ def test_macro_f1_is_scikit_learns() -> None:
     assert found.value == pytest.approx(f1_score(labels, predictions, average="macro", zero_division=0))
     assert found.interval is not None
     assert found.interval[0] < found.value < found.interval[1]
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")
+def test_matthews_correlation_is_scikit_learns() -> None:
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 3, 200)
+    predictions = np.where(draw.random(200) < 0.6, labels, draw.integers(0, 3, 200))
+    found = intervals.matthews_correlation(predictions, labels)
+    assert found.value == pytest.approx(matthews_corrcoef(labels, predictions))
+    assert found.interval is not None
+    assert found.interval[0] < found.value < found.interval[1]
+    for rows in (2, 3, 7):
+        for seed in range(5):
+            p, y = np.random.default_rng(seed).integers(0, 2, (2, rows))
+            assert intervals.matthews_correlation(p, y).value == pytest.approx(matthews_corrcoef(y, p), abs=1e-12)
+
+
+def test_one_class_throughout_has_a_matthews_correlation_of_0() -> None:
+    found = intervals.matthews_correlation(np.zeros(10), np.arange(10) % 2)
+    assert (found.value, found.note) == (0.0, "every resample gives the same")
+
+
+def test_the_interval_of_a_calibration_error_corrects_what_chance_adds() -> None:
+    """True error 0.25: covered. True error 0: the value is above it, and the interval still reaches down to it."""
+    draw = np.random.default_rng(0)
+    covered = {0.0: 0, 0.25: 0}
+    for bias in covered:
+        for seed in range(10):
+            confidence = draw.uniform(0.5, 1, 200)
+            correct = draw.random(200) < confidence - bias
+            found = intervals.calibration_error(confidence, correct, seed=seed)
+            assert found.value == pytest.approx(calibration.binned_error(confidence, correct.astype(float)))
+            assert found.value > 0.02
+            assert found.interval is not None
+            covered[bias] += found.interval[0] <= max(bias, 0.01) and found.interval[1] >= bias
+    assert covered[0.25] >= 8
+    assert covered[0.0] >= 5
 
 
 def test_a_class_that_a_resample_lacks_does_not_count_as_zero() -> None:
@@ -432,6 +501,87 @@ def test_quality_facts_by_hand() -> None:
         assert fact.interval[0] <= fact.value <= fact.interval[1]
 
 
+def test_what_a_task_may_ask_for_is_measured_with_intervals() -> None:
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 3, 60)
+    logits, teacher = (draw.normal(size=(2, 60, 3)) + 2 * np.eye(3)[labels]).astype(np.float32)
+    found = quality.measure_classification(
+        "student", "torch", logits, labels, DATA, teacher, metrics=("accuracy", *quality.METRICS[2:])
+    )
+    names = ["accuracy", "f1_micro", "matthews_correlation", "calibration_error"]
+    assert [fact.metric for fact in found] == [*names, "label_loyalty", "probability_loyalty", "kl"]
+    facts_of = {fact.metric: fact for fact in found}
+    assert facts_of["f1_micro"].value == facts_of["accuracy"].value
+    assert facts_of["f1_micro"].interval == facts_of["accuracy"].interval
+    assert facts_of["matthews_correlation"].value == pytest.approx(matthews_corrcoef(labels, logits.argmax(-1)))
+    assert facts_of["calibration_error"].value == pytest.approx(calibration.calibration_error(logits, labels))
+    assert facts_of["calibration_error"].how == {"bins": 15, "interval": "basic bootstrap"}
+    assert (facts_of["kl"].value, facts_of["kl"].unit) == (pytest.approx(agreement.kl(logits, teacher)), "nats")
+    for fact in found:
+        assert fact.interval is not None
+        assert fact.interval[0] <= fact.value <= fact.interval[1]
+
+
+def test_what_has_no_labels_no_teacher_or_no_end_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    logits, asked = np.zeros((2, 2), np.float32), ("matthews_correlation", "kl")
+    assert not quality.measure_classification("teacher", "torch", logits, None, DATA, metrics=asked)
+    excluding = np.array([[0, -np.inf], [0, 0]], np.float32)
+    with caplog.at_level(logging.INFO):
+        found = quality.measure_classification("student", "torch", excluding, None, DATA, logits, metrics=asked)
+    assert [fact.metric for fact in found] == ["label_loyalty", "probability_loyalty"]
+    assert "kl of student (torch) is not recorded: the student excludes a class" in caplog.text
+    with pytest.raises(UnknownNameError, match="Did you mean 'kl'"):
+        quality.measure_classification("student", "torch", logits, None, DATA, logits, metrics=("kll",))
+
+
+def test_slices_by_hand() -> None:
+    """Class 0: 2 of 3 right, class 1: 1 of 1, class 2 has no row; lengths 3 3 | 4 9, of which the last is wrong."""
+    logits = np.eye(3, dtype=np.float32)[[0, 0, 1, 1]]
+    labels, tokens = np.array([0, 0, 1, 0]), np.array([3, 3, 4, 9])
+    found = quality.measure_slices(
+        "student", "onnx", logits, labels, DATA, classes=("good", "/m/09x0r", "none"), tokens=tokens, seed=3
+    )
+    assert [(fact.metric, fact.how.get("class"), fact.how.get("tokens"), fact.value) for fact in found] == [
+        ("accuracy_by_class", "good", None, pytest.approx(2 / 3)),
+        ("accuracy_by_class", "#1", None, 1.0),  # a record refuses what looks like a path
+        ("accuracy_by_length", None, "3-3", 1.0),
+        ("accuracy_by_length", None, "4-4", 1.0),
+        ("accuracy_by_length", None, "9-9", 0.0),
+    ]
+    assert {(fact.subject, fact.variant, fact.unit, fact.seed, fact.data) for fact in found} == {
+        ("student", "onnx", "fraction", 3, DATA)
+    }
+    assert facts.Record(measurements=found).find("accuracy", "student", "onnx") is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_every_row_is_in_one_slice_by_length_and_none_is_split(lengths: list[int]) -> None:
+    logits = np.eye(2, dtype=np.float32)[np.zeros(len(lengths), int)]
+    found = quality.measure_slices(
+        "s", "torch", logits, np.zeros(len(lengths), int), DATA, classes=("a", "b"), tokens=np.array(lengths)
+    )
+    spans = [
+        tuple(map(int, str(fact.how["tokens"]).split("-"))) for fact in found if fact.metric == "accuracy_by_length"
+    ]
+    assert 1 <= len(spans) <= 4
+    for length in lengths:
+        assert sum(low <= length <= high for low, high in spans) == 1
+
+
+def test_slices_that_do_not_fit_are_refused() -> None:
+    logits, labels = np.zeros((2, 2), np.float32), np.zeros(2, int)
+    for classes, tokens in ((("a",), np.ones(2, int)), (("a", "b"), np.ones(3, int))):
+        with pytest.raises(MismatchError, match="one name a class and one count a row"):
+            quality.measure_slices("s", "torch", logits, labels, DATA, classes=classes, tokens=tokens)
+
+
+def test_token_counts_are_those_that_the_model_reads(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = ["good", "good film", " ".join(WORDS * 20)]
+    assert quality.token_counts(classifier(), tokenizer, rows).tolist() == [3, 4, LIMIT]
+    assert quality.token_counts(classifier(), tokenizer, rows, max_length=4).tolist() == [3, 4, 4]
+
+
 def test_without_labels_agreement_is_measured_alone() -> None:
     logits = np.eye(2, dtype=np.float32)
     found = quality.measure_classification("student", "torch", logits, None, DATA, logits)
@@ -559,6 +709,7 @@ def test_reading_a_file_tells_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"task": "ranking"}, ForeignFileError, "task: Input should be 'text-classification'"),
         ({"rows": 0}, ForeignFileError, "rows: "),
         ({"metrics": ["acuracy"]}, ForeignFileError, "Did you mean 'accuracy'"),
+        ({"slices": True, "label": None}, ForeignFileError, "slices: .*needs labels"),
     ],
 )
 def test_a_task_file_with_a_fault_names_it(
@@ -683,12 +834,40 @@ def test_the_measured_accuracy_is_the_metrics_own(
 ) -> None:
     rows = task.load_examples(task.read_task(student.parent / "task.yaml"), {"LABEL_0": 0, "LABEL_1": 1})
     chosen = quality.predict(classifier().eval(), tokenizer, rows.texts).argmax(-1)
-    for name in metrics.METRICS:
+    for name in quality.QUALITY:
         found = facts.Record(measurements=measured).find(name)
         assert found is not None
         assert found.data == rows.data
         expected = metrics.load(name).compute(predictions=chosen, references=rows.labels)[name]
         assert found.value == pytest.approx(expected)
+
+
+def test_slices_and_further_metrics_are_measured_where_the_task_asks(student: Path, tmp_path: Path) -> None:
+    place = tmp_path / "models"
+    shutil.copytree(student.parent, place, ignore=shutil.ignore_patterns(facts.FILE))
+    rows = "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts(40)))
+    asked = ["accuracy", "f1_micro", "matthews_correlation", "calibration_error", "kl"]
+    path = write_task(place, "text,label\n" + rows, metrics=asked, slices=True)
+    found = folder.evaluate_folder(
+        place / "student", task=path, teacher=place / "teacher", timing=folder.Timing(batches=())
+    )
+    record = facts.load(place / "student")
+    for subject, variant in (("teacher", "torch"), ("student", "torch"), ("student", "onnx")):
+        own = [fact for fact in found if (fact.subject, fact.variant) == (subject, variant)]
+        assert {fact.metric for fact in own} >= {*asked} - ({"kl"} if subject == "teacher" else set())
+        assert [fact.how["class"] for fact in own if fact.metric == "accuracy_by_class"] == ["LABEL_0", "LABEL_1"]
+        whole = record.find("accuracy", subject, variant)
+        assert whole is not None
+        by_class = [fact.value for fact in own if fact.metric == "accuracy_by_class"]  # 20 rows each
+        assert np.mean(by_class) == pytest.approx(whole.value)
+    spans = {
+        subject: [f.how["tokens"] for f in found if (f.metric, f.subject) == ("accuracy_by_length", subject)]
+        for subject in ("teacher", "student")
+    }
+    assert spans["student"] == spans["teacher"] * 2  # torch and onnx: the same rows
+    assert "student torch: micro-F1 " in printed(record)
+    shown = json.loads(table.as_json(record))[-1]["further"]
+    assert list(shown) == asked[1:]
 
 
 def test_onnx_predictions_are_the_graphs(student: Path, tokenizer: PreTrainedTokenizerFast) -> None:

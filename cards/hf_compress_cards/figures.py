@@ -21,8 +21,12 @@ VARIANTS = ("torch", "onnx", "onnx_int8")
 QUALITY = {
     "accuracy": "accuracy",
     "f1_macro": "F1 (macro)",
+    "f1_micro": "F1 (micro)",
+    "matthews_correlation": "Matthews correlation",
+    "calibration_error": "calibration error",
     "label_loyalty": "same label as the teacher",
     "probability_loyalty": "probability loyalty",
+    "kl": "KL from the teacher",
 }
 SIZE = {"parameters": "parameters", "bytes": "size on disk"}
 LATENCY = {"latency_median": "median", "latency_p90": "p90"}
@@ -74,6 +78,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def decimal(value: float) -> str:
+    """A number without a unit, with three decimals."""
+    return f"{value:.3f}"
+
+
 def count(value: float) -> str:
     """A number of things: 812, 3.2 k, 22.7 M, 1.24 G."""
     for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
@@ -92,7 +101,14 @@ def seconds(value: float) -> str:
     return f"{1000 * value:.3g} ms"
 
 
-_WRITERS = {"fraction": percent, "ratio": percent, "count": count, "bytes": size, "seconds": seconds}
+_WRITERS = {
+    "fraction": percent,
+    "ratio": percent,
+    "count": count,
+    "bytes": size,
+    "seconds": seconds,
+    "correlation": decimal,
+}
 
 
 def pairs(record: Record) -> list[tuple[str, str]]:
@@ -121,7 +137,7 @@ def quality_table(record: Record) -> Safe | None:
 
 def _cell(subject: str, variant: str, key: str, found: Measurement | None) -> str:
     """A dash where there is nothing to measure: the teacher's agreement with itself, the parameters of a graph."""
-    itself = subject == "teacher" and key.endswith("_loyalty")
+    itself = subject == "teacher" and (key.endswith("_loyalty") or key == "kl")
     graph = variant != "torch" and key == "parameters"
     return "–" if found is None and (itself or graph) else show(found)
 
@@ -180,9 +196,15 @@ def other_table(record: Record) -> Safe | None:
 
 
 def _named(found: Measurement) -> str:
-    """A metric in words, with the learning rate where each of several was measured."""
-    rate = found.how.get("learning_rate")
-    return found.metric.replace("_", " ") + (f" at learning rate {rate:g}" if isinstance(rate, float) else "")
+    """A metric in words, with the learning rate, the class or the length where each of several was measured."""
+    name, how = found.metric.replace("_", " "), found.how
+    if isinstance(rate := how.get("learning_rate"), float):
+        return f"{name} at learning rate {rate:g}"
+    if found.metric == "accuracy_by_class":
+        return f"{name}: {how.get('class')}"
+    if found.metric == "accuracy_by_length":
+        return f"{name}: {how.get('tokens')} tokens"
+    return name
 
 
 def derived(record: Record) -> list[str]:

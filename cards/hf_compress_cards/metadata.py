@@ -12,7 +12,12 @@ from hf_compress.facts import Measurement, Model, Record
 
 from .text import plain
 
-METRICS = {"accuracy": ("accuracy", "Accuracy"), "f1_macro": ("f1", "F1 (macro)")}
+METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "f1_macro": ("f1", "F1 (macro)"),
+    "f1_micro": ("f1", "F1 (micro)"),
+    "matthews_correlation": ("matthews_correlation", "Matthews correlation"),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 

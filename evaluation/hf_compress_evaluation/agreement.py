@@ -3,12 +3,16 @@
 Xu et al.: Beyond Preserved Accuracy: Evaluating Loyalty and Robustness of BERT Compression, EMNLP 2021,
 arXiv:2109.03228.
 
-    label loyalty        L_l = mean_n [ argmax P_T = argmax P_S ]
+    label loyalty        L_l = mean_n [ argmax P_T = argmax P_S ]          also known as top-1 agreement
     probability loyalty  L_p = mean_n ( 1 - sqrt(JS(P_T ‖ P_S)) )
                          JS(P ‖ Q) = KL(P ‖ M)/2 + KL(Q ‖ M)/2,  M = (P + Q)/2
 
-The authors call `scipy.spatial.distance.jensenshannon`, which already returns the square root, in nats. Ours differs
-in one point: a divergence that rounding makes negative is 0 instead of NaN.
+Of models that give a number a row, regression loyalty is Pearson's correlation of the two models' scores. Avram et al.:
+Distilling the Knowledge of Romanian BERTs Using Multiple Teachers, LREC 2022, arXiv:2112.12650, introduce the name
+without a formula; the correlation is our reading. It ignores scale and offset, which `score_difference` shows.
+
+For the first two the authors call `scipy.spatial.distance.jensenshannon`, which already returns the square root, in
+nats. Ours differs in one point: a divergence that rounding makes negative is 0 instead of NaN.
 
 Functions whose name ends in `_rows` give one value a row, which is what an interval is made from.
 """
@@ -20,6 +24,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import log_softmax, rel_entr, softmax
+from scipy.stats import pearsonr, spearmanr
 
 from hf_compress.errors import MismatchError, NumericalError
 
@@ -117,6 +122,69 @@ def kl_rows(student_logits: ArrayLike, teacher_logits: ArrayLike) -> Floats:
 def kl(student_logits: ArrayLike, teacher_logits: ArrayLike) -> float:
     """Mean of `kl_rows`, in nats."""
     return float(kl_rows(student_logits, teacher_logits).mean())
+
+
+def regression_loyalty(student_scores: ArrayLike, teacher_scores: ArrayLike) -> float:
+    """Pearson's correlation of the two models' scores.
+
+    Args:
+        student_scores: (row,), at least two.
+        teacher_scores: (row,).
+
+    Returns:
+        in [-1, 1]; 1 if the student's scores are the teacher's up to a positive scale and an offset.
+
+    Raises:
+        MismatchError: if the shapes differ or are not (row,), or all scores of a model are equal, so that the
+            correlation is not defined.
+        NumericalError: if a score is NaN or infinite.
+    """
+    return float(pearsonr(*_varied_scores("regression_loyalty", student_scores, teacher_scores)).statistic)
+
+
+def rank_loyalty(student_scores: ArrayLike, teacher_scores: ArrayLike) -> float:
+    """Spearman's correlation of the two models' scores, in [-1, 1]; arguments as `regression_loyalty`."""
+    return float(spearmanr(*_varied_scores("rank_loyalty", student_scores, teacher_scores)).statistic)
+
+
+def score_difference_rows(student_scores: ArrayLike, teacher_scores: ArrayLike) -> Floats:
+    """(row,) absolute difference of the two models' scores, in the scores' unit; arguments as `regression_loyalty`.
+
+    Raises:
+        MismatchError, NumericalError: as `regression_loyalty`; constant scores are taken.
+    """
+    student, teacher = _scores("score_difference", student_scores, teacher_scores)
+    return np.asarray(np.abs(student - teacher))
+
+
+def score_difference(student_scores: ArrayLike, teacher_scores: ArrayLike) -> float:
+    """Mean of `score_difference_rows`, in the scores' unit: 0 if the models agree."""
+    return float(score_difference_rows(student_scores, teacher_scores).mean())
+
+
+def _scores(name: str, student_scores: ArrayLike, teacher_scores: ArrayLike) -> tuple[Floats, Floats]:
+    student, teacher = np.asarray(student_scores, np.float64), np.asarray(teacher_scores, np.float64)
+    if student.shape != teacher.shape or student.ndim != 1 or student.size == 0:
+        raise MismatchError(
+            f"{name}: student scores {student.shape} and teacher scores {teacher.shape} must be two (row,) arrays of "
+            "one length with at least one row. Score both models on the same rows."
+        )
+    for who, scores in (("student", student), ("teacher", teacher)):
+        if not np.isfinite(scores).all():
+            row = int((~np.isfinite(scores)).argmax())
+            raise NumericalError(f"{name}: the {who}'s score of row {row} is {scores[row]}. Look for NaN weights.")
+    return student, teacher
+
+
+def _varied_scores(name: str, student_scores: ArrayLike, teacher_scores: ArrayLike) -> tuple[Floats, Floats]:
+    student, teacher = _scores(name, student_scores, teacher_scores)
+    for who, scores in (("student", student), ("teacher", teacher)):
+        if (scores == scores[0]).all():
+            raise MismatchError(
+                f"{name}: the {who} gives {scores[0]:g} for all {len(scores)} rows, so that the correlation is not "
+                "defined. Look whether it has collapsed, or score more rows."
+            )
+    return student, teacher
 
 
 def _pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> tuple[Floats, Floats]:

@@ -194,6 +194,11 @@ def _scores(
             max_length=task.max_length,
             progress=progress,
         )
+    student = candidates[-1]
+    classes = [name for _, name in sorted(student.model.config.id2label.items())]
+    tokens = None
+    if task.slices:  # of the student's tokens for all, so that a slice is the same rows of every subject
+        tokens = quality.token_counts(student.model, student.tokenizer, rows.texts, max_length=task.max_length)
     teacher, alone = logits.get("teacher torch"), logits.get("alone torch")
     found: list[facts.Measurement] = []
     for one in candidates:
@@ -202,6 +207,10 @@ def _scores(
         found += quality.measure_classification(
             one.subject, one.variant, own, rows.labels, rows.data, target, seed=seed, metrics=task.metrics
         )
+        if tokens is not None and rows.labels is not None:
+            found += quality.measure_slices(
+                one.subject, one.variant, own, rows.labels, rows.data, classes=classes, tokens=tokens, seed=seed
+            )
         if one.subject not in ("teacher", "alone") and rows.labels is not None:
             found += quality.measure_derived(
                 one.subject,

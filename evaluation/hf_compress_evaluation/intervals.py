@@ -25,6 +25,8 @@ from scipy.stats import DegenerateDataWarning, binomtest, bootstrap
 
 from hf_compress.errors import MismatchError
 
+from . import calibration
+
 Floats = NDArray[np.float64]
 
 RESAMPLES = 2000
@@ -63,7 +65,7 @@ def mean(rows: ArrayLike, *, seed: int = 0) -> Estimate:
 
 
 def macro_f1(predictions: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Macro-F1 of (row,) class ids, as `metrics.MacroF1`; each resample averages over the classes found in it."""
+    """Macro-F1 of (row,) class ids, as `metrics.F1Macro`; each resample averages over the classes found in it."""
     p, y = _columns(predictions, labels)
     classes = np.union1d(p, y)
 
@@ -77,6 +79,38 @@ def macro_f1(predictions: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> Est
         return np.asarray(total / present)
 
     return _estimate(statistic, p, y, seed=seed)
+
+
+def matthews_correlation(predictions: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Matthews correlation of (row,) class ids, as `metrics.MatthewsCorrelation`; 0 where either is one class only."""
+    p, y = _columns(predictions, labels)
+    classes = np.union1d(p, y)
+
+    def statistic(p: Floats, y: Floats, axis: int = -1) -> Floats:
+        rows = p.shape[axis]
+        given = [(p == c).mean(axis) for c in classes]
+        true = [(y == c).mean(axis) for c in classes]
+        together = (p == y).mean(axis) - sum(g * t for g, t in zip(given, true, strict=True))
+        spread = (1 - sum(g * g for g in given)) * (1 - sum(t * t for t in true))
+        defined = spread > 1 / (2 * rows) ** 2  # a single other row on both sides gives about (2 / rows)²
+        return np.asarray(np.where(defined, together / np.sqrt(np.where(defined, spread, 1.0)), 0.0))
+
+    return _estimate(statistic, p, y, seed=seed)
+
+
+def calibration_error(confidence: ArrayLike, correct: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Expected calibration error of (row,) confidences and 0/1 scores, as `calibration.calibration_error`.
+
+    Chance raises the error of a resample above that of the rows as it raised theirs above the truth. So the resampled
+    bounds are reflected at the value (basic bootstrap, Davison & Hinkley 1997, section 5.2), not below 0.
+    """
+    c, right = _columns(confidence, correct)
+    found = _estimate(calibration.binned_error, c, right, seed=seed)
+    if found.value is None or found.interval is None:
+        return found
+    low, high = found.interval
+    reflected = max(0.0, 2 * found.value - high), max(0.0, 2 * found.value - low)
+    return Estimate(value=found.value, interval=reflected, note="basic bootstrap")
 
 
 def gain(student: ArrayLike, alone: ArrayLike, *, seed: int = 0) -> Estimate:

@@ -3,6 +3,10 @@
 | metric | unit | needs |
 |---|---|---|
 | `accuracy`, `f1_macro` | fraction | labels |
+| `f1_micro`, `calibration_error` | fraction | labels; if asked for |
+| `matthews_correlation` | correlation | labels; if asked for |
+| `kl` | nats | the teacher's logits; if asked for |
+| `accuracy_by_class`, `accuracy_by_length` | fraction | labels; if slices are asked for |
 | `label_loyalty`, `probability_loyalty` | fraction | the teacher's logits |
 | `retention`, `gap_closed` | ratio | the teacher's logits (and the baseline's) and labels; of the accuracy |
 | `gain` | fraction | the baseline's logits and labels; of the accuracy |
@@ -22,16 +26,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_compress import foreign
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError, NumericalError, UnknownNameError
-from hf_compress.facts import FILE, Data, Measurement, Setting
+from hf_compress.facts import FILE, Data, Measurement, Setting, Text
 
-from . import agreement, intervals
+from . import agreement, calibration, intervals
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +44,20 @@ Logits = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 QUALITY = ("accuracy", "f1_macro")
+"""Measured unless a task asks for others."""
+OF_LABELS = (*QUALITY, "f1_micro", "matthews_correlation", "calibration_error")
+METRICS = (*OF_LABELS, "kl")
+"""What a task may ask for."""
 LENGTH = 512
 """Tokens kept of a row where neither the tokenizer nor the config sets a limit."""
 _NOT_THE_MODEL = {FILE, "README.md", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt"}
+
+
+class _Fact(Protocol):
+    """`_fact` of one subject, variant and data set."""
+
+    def __call__(self, name: str, estimate: intervals.Estimate, unit: str, **how: Setting) -> Measurement | None:
+        """Arguments as `_fact`."""
 
 
 class Classifier(Protocol):
@@ -100,9 +116,7 @@ def predict(
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise ConfigurationError(f"predict: row {row} is {text!r}, not a text. Fill it in or drop the row.")
-    taken = longest(model, tokenizer)
-    with foreign.encoding(tokenizer):
-        encoded = tokenizer(list(texts), truncation=True, max_length=min(max_length or taken, taken))
+    encoded = _encoded(model, tokenizer, texts, max_length)
     foreign.check_ids(encoded["input_ids"], model, tokenizer)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # longest first: memory peaks at once
@@ -125,6 +139,22 @@ def predict(
         row = int((~np.isfinite(logits)).any(-1).argmax())
         raise NumericalError(f"predict: the logits of row {row} are {logits[row][:8]}. Look for NaN weights.")
     return logits
+
+
+def token_counts(
+    model: Classifier, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int | None = None
+) -> NDArray[np.int64]:
+    """(row,) tokens that `predict` gives the model of each text, special ones included, longer texts cut."""
+    encoded = _encoded(model, tokenizer, texts, max_length)
+    return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
+
+
+def _encoded(
+    model: Classifier, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None
+) -> BatchEncoding:
+    taken = longest(model, tokenizer)
+    with foreign.encoding(tokenizer):
+        return tokenizer(list(texts), truncation=True, max_length=min(max_length or taken, taken))
 
 
 def takes(model: Classifier, name: str) -> bool:
@@ -172,32 +202,107 @@ def measure_classification(
         data: the rows' name and fingerprint.
         teacher_logits: (row, class); None: quality only.
         seed: of the resampling.
-        metrics: which of `QUALITY`.
+        metrics: which of `METRICS`; those that need labels or a teacher are left out without.
 
     Returns:
-        in the order of the table above.
+        those of the labels in the order of `metrics`, then agreement with the teacher.
 
     Raises:
-        UnknownNameError: for a metric that is not in `QUALITY`.
+        UnknownNameError: for a metric that is not in `METRICS`.
         MismatchError: if labels and logits do not fit together.
     """
     fact = partial(_fact, subject, variant, data, seed)
+    for name in metrics:
+        if name not in METRICS:
+            raise UnknownNameError("metric", name, METRICS)
     found: list[Measurement | None] = []
     if labels is not None:
-        correct = right(logits, labels)
-        for name in metrics:
-            if name not in QUALITY:
-                raise UnknownNameError("metric", name, QUALITY)
-            if name == "accuracy":
-                found.append(fact(name, intervals.mean(correct, seed=seed), "fraction"))
-            else:
-                found.append(fact(name, intervals.macro_f1(logits.argmax(-1), labels, seed=seed), "fraction"))
+        found += [_of_labels(name, fact, logits, labels, seed) for name in metrics if name in OF_LABELS]
     if teacher_logits is not None:
         same = intervals.mean(agreement.label_loyalty_rows(logits, teacher_logits), seed=seed)
         near = intervals.mean(agreement.probability_loyalty_rows(logits, teacher_logits), seed=seed)
         found.append(fact("label_loyalty", same, "fraction"))
         found.append(fact("probability_loyalty", near, "fraction", logarithm="natural"))
+        if "kl" in metrics:
+            found.append(fact("kl", _kl(logits, teacher_logits, seed), "nats", direction="teacher to student"))
     return tuple(one for one in found if one)
+
+
+def _of_labels(name: str, fact: _Fact, logits: Logits, labels: Labels, seed: int) -> Measurement | None:
+    correct, chosen = right(logits, labels), logits.argmax(-1)
+    if name == "f1_macro":
+        return fact(name, intervals.macro_f1(chosen, labels, seed=seed), "fraction")
+    if name == "matthews_correlation":
+        return fact(name, intervals.matthews_correlation(chosen, labels, seed=seed), "correlation")
+    if name == "calibration_error":
+        estimate = intervals.calibration_error(calibration.confidence_rows(logits), correct, seed=seed)
+        return fact(name, estimate, "fraction", bins=calibration.BINS)
+    return fact(name, intervals.mean(correct, seed=seed), "fraction")  # accuracy, which of one class a row is micro-F1
+
+
+def _kl(logits: Logits, teacher_logits: Logits, seed: int) -> intervals.Estimate:
+    rows = agreement.kl_rows(logits, teacher_logits)
+    if not np.isfinite(rows).all():
+        note = "the student excludes a class that the teacher does not, so that it is infinite"
+        return intervals.Estimate(value=None, interval=None, note=note)
+    return intervals.mean(rows, seed=seed)
+
+
+def measure_slices(
+    subject: str,
+    variant: str,
+    logits: Logits,
+    labels: Labels,
+    data: Data,
+    *,
+    classes: Sequence[str],
+    tokens: NDArray[np.int64],
+    seed: int = 0,
+) -> tuple[Measurement, ...]:
+    """Accuracy of the rows of each class, and of each quarter of the rows by length, each with its 95 % interval.
+
+    Args:
+        subject, variant, logits, labels, data, seed: as `measure_classification`.
+        classes: names, in the order of the logits.
+        tokens: (row,) token counts, e.g. of `token_counts`. Rows of one count stay together, so that there may be
+            fewer than four quarters.
+
+    Returns:
+        `accuracy_by_class` with `how={"class": name}` (`#2` for the third, if its name may not stand in a record),
+        then `accuracy_by_length` with `how={"tokens": "1-17"}`, both bounds included. A class without rows is left
+        out. Their names are not `accuracy`, so that none of them is taken for that of all rows.
+
+    Raises:
+        MismatchError: if labels, counts, names and logits do not fit together.
+    """
+    correct = right(logits, labels)
+    if len(classes) != logits.shape[1] or tokens.shape != correct.shape:
+        raise MismatchError(
+            f"quality: {len(classes)} class names and token counts {tokens.shape} for logits {logits.shape}, expected "
+            "one name a class and one count a row."
+        )
+    fact = partial(_fact, subject, variant, data, seed)
+    found: list[Measurement | None] = []
+    for index, name in enumerate(classes):
+        if (rows := correct[labels == index]).size:
+            how = {"class": _recordable(name, f"#{index}")}
+            found.append(fact("accuracy_by_class", intervals.mean(rows, seed=seed), "fraction", **how))
+    bounds = np.quantile(tokens, (0.25, 0.5, 0.75), method="inverted_cdf")
+    quarter = np.searchsorted(bounds, tokens, side="left")
+    for index in np.unique(quarter):
+        inside = quarter == index
+        low, high = tokens[inside].min(), tokens[inside].max()
+        estimate = intervals.mean(correct[inside], seed=seed)
+        found.append(fact("accuracy_by_length", estimate, "fraction", tokens=f"{low}-{high}"))
+    return tuple(one for one in found if one)
+
+
+def _recordable(name: str, other: str) -> str:
+    """The name, or the other one if a record refuses it, as it does what looks like a path (/m/09x0r)."""
+    try:
+        return TypeAdapter(Text).validate_python(name)
+    except ValidationError:
+        return other
 
 
 def measure_derived(

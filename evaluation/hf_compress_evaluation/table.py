@@ -16,6 +16,13 @@ from hf_compress.facts import Measurement, Record, Setting
 SUBJECTS = ("teacher", "alone", "student-labelled", "student")
 VARIANTS = ("torch", "onnx", "onnx_int8")
 BATCHES = (1, 32)
+FURTHER = {
+    "f1_micro": "micro-F1",
+    "matthews_correlation": "Matthews correlation",
+    "calibration_error": "calibration error",
+    "kl": "KL from the teacher in nats",
+}
+"""Measured if a task asks for them; shown below the table."""
 DERIVED = ("retention", "gap_closed", "gain")
 MISSING = "—"
 NARROW = 110
@@ -53,6 +60,8 @@ class Row:
     latency: dict[int, tuple[Value | None, Value | None]]
     """Median and 90th percentile in seconds, by rows of the batch."""
     derived: dict[str, Value | None]
+    further: dict[str, Value]
+    """Those of `FURTHER` that were measured."""
 
 
 def rows(record: Record) -> tuple[Row, ...]:
@@ -133,6 +142,7 @@ def _row(record: Record, subject: str, variant: str) -> Row:
         bytes=value("bytes"),
         latency={batch: (value("latency_median", batch=batch), value("latency_p90", batch=batch)) for batch in BATCHES},
         derived={name: value(name) for name in DERIVED},
+        further={name: found for name in FURTHER if (found := value(name)) is not None},
     )
 
 
@@ -152,6 +162,10 @@ def _below(record: Record, found: Sequence[Row]) -> list[str]:
         said = [_SAID[name].format(_range(value)) for name, value in row.derived.items() if value is not None]
         if row.variant == "torch" and said:  # the same model in another format: its row above says what differs
             lines.append(f"{row.subject}: {'; '.join(said)}")
+    for row in found:
+        if row.further:
+            said = [f"{FURTHER[name]} {_range(value)}" for name, value in row.further.items()]
+            lines.append(f"{row.subject} {row.variant}: {'; '.join(said)}")
     if (lost := record.find("accuracy_drop", variant="onnx_int8")) is not None:
         kept = record.find("agreement_with_fp32", variant="onnx_int8")
         same = "" if kept is None else f"; decides like float32 in {kept.value:.3f} of the rows"

@@ -4,6 +4,8 @@ task: text-classification
 data: test.csv            # relative to this file; csv, jsonl (also .gz), parquet
 text: text                # column
 label: label              # column of class ids or names; null: unlabelled, agreement with the teacher only
+metrics: [accuracy, f1_macro]     # the default; also f1_micro, matthews_correlation, calibration_error, kl
+slices: false             # true: accuracy also by class and by quarter of the texts' lengths
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from hf_compress import files
 from hf_compress.errors import ForeignFileError, UnknownNameError
@@ -33,6 +35,7 @@ class Task(BaseModel):
     split: str | None = Field(default=None, description="slice in the notation of datasets, e.g. train[:500]")
     rows: int | None = Field(default=None, ge=1, description="the first so many; None: all")
     metrics: tuple[str, ...] = quality.QUALITY
+    slices: bool = Field(default=False, description="accuracy also by class and by length of the text")
     max_length: Count | None = Field(default=None, description="tokens kept; None: what the model takes")
     batch_size: Count = 32
     name: Text | None = Field(default=None, description="of the data, for the record; None: the file's name")
@@ -42,9 +45,16 @@ class Task(BaseModel):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            if name not in quality.QUALITY:
-                raise ValueError(str(UnknownNameError("metric", name, quality.QUALITY)))
+            if name not in quality.METRICS:
+                raise ValueError(str(UnknownNameError("metric", name, quality.METRICS)))
         return names
+
+    @field_validator("slices")
+    @classmethod
+    def _labelled(cls, slices: bool, info: ValidationInfo) -> bool:
+        if slices and "label" in info.data and info.data["label"] is None:
+            raise ValueError("an accuracy by class and length needs labels, and label is null")
+        return slices
 
 
 def read_task(path: Path) -> Task:
