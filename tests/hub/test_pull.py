@@ -1,4 +1,4 @@
-"""hf_compress.pulling against the loopback hub: the whole folder, compared with its record, or none and a plain word."""
+"""hf_compress.pulling against the loopback hub: the whole folder, as its record says, or none and a plain word."""
 
 from __future__ import annotations
 
