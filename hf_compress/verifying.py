@@ -16,6 +16,7 @@ from . import facts, files
 from .errors import ConfigurationError, ForeignFileError, HfCompressError, ProviderError
 
 ADAPTER = "adapter_config.json"
+State = Literal["holds", "fails", "not checked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Finding:
     kind: Literal["record", "hash", "load", "measurement"]
     what: str
     """A file by its place in the folder, or subject, variant and metric of a measurement."""
-    state: Literal["holds", "fails", "not checked"]
+    state: State
     recorded: float | str | None = None
     found: float | str | None = None
     """In the unit of the record; of a file the sha256, None where it is missing."""

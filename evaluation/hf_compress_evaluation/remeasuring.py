@@ -22,7 +22,7 @@ from pathlib import Path
 from hf_compress import facts, files
 from hf_compress.errors import HfCompressError, MismatchError
 from hf_compress.facts import Data, Measurement
-from hf_compress.verifying import Finding
+from hf_compress.verifying import Finding, State
 
 from . import latency, quality
 from .examples import Examples
@@ -35,6 +35,8 @@ LOYALTY = ("label_loyalty", "probability_loyalty")
 SCORES = (*quality.QUALITY, *LOYALTY, "retention")
 SIZES = ("bytes", "parameters")
 TIMED = "latency_median"
+MOST_ROWS, MOST_TOKENS = 4096, 2**17
+"""Of a recorded call that is timed again: a record may come from a stranger."""
 _REASONS = {
     "gap_closed": "needs the baseline that was trained alone",
     "gain": "needs the baseline that was trained alone",
@@ -134,7 +136,7 @@ def _open(
                     raise
                 lacking[subject, variant] = _finding(state="fails", note=f"cannot be measured: {error}")
         elif not (Path(source) / variant / "model.onnx").is_file():
-            state = "fails" if subject == "student" else "not checked"
+            state: State = "fails" if subject == "student" else "not checked"
             lacking[subject, variant] = _finding(state=state, note=f"there is no {variant}/model.onnx")
         else:
             try:
@@ -146,8 +148,8 @@ def _open(
     return _Opened(candidates=tuple(found), lacking=lacking)
 
 
-def _finding(*, state: str, note: str) -> Finding:
-    return Finding(kind="measurement", what="", state=state, note=note)  # type: ignore[arg-type]  # one of three
+def _finding(*, state: State, note: str) -> Finding:
+    return Finding(kind="measurement", what="", state=state, note=note)
 
 
 def _scores(
@@ -221,8 +223,9 @@ def _times(
 def _conditions(m: Measurement) -> tuple[int, int] | None:
     """Rows and tokens of a recorded call; None where they are not known, or are none that are timed here."""
     batch, length = m.how.get("batch"), m.how.get("length")
-    sound = isinstance(batch, int) and isinstance(length, int) and 1 <= batch <= 4096 and 1 <= length <= 2**17
-    return (batch, length) if sound else None  # type: ignore[return-value]  # integers, as was asked above
+    if not (isinstance(batch, int) and isinstance(length, int)):
+        return None
+    return (batch, length) if 1 <= batch <= MOST_ROWS and 1 <= length <= MOST_TOKENS else None
 
 
 def _judge(
@@ -245,14 +248,14 @@ def _judge(
         return replace(known, note="measured on other rows")
     if m.metric in (*LOYALTY, "retention") and not taught:
         return replace(known, note="give --teacher")
-    if (why := lacking.get((m.subject, m.variant))) is not None:
-        return replace(known, state=why.state, note=why.note)
-    if m.metric == TIMED:
-        value = "its conditions are not recorded" if place is None else timed[m.subject, m.variant, *place]
+    if (key := (m.subject, m.variant, m.metric)) in found:
+        return _compared(known, m, found[key])
+    if m.metric == TIMED and place is None:
+        return replace(known, note="its conditions are not recorded")
+    if place is not None and (value := timed.get((m.subject, m.variant, *place))) is not None:
         return replace(known, note=value) if isinstance(value, str) else _timed(known, m, value, tolerance)
-    if (m.subject, m.variant, m.metric) not in found:
-        return replace(known, note="has no value here")
-    return _compared(known, m, found[m.subject, m.variant, m.metric])
+    why = lacking.get((m.subject, m.variant), _finding(state="not checked", note="has no value here"))
+    return replace(known, state=why.state, note=why.note)
 
 
 def _timed(known: Finding, m: Measurement, value: float, tolerance: float) -> Finding:

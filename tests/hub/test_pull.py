@@ -154,7 +154,7 @@ def test_what_no_model_folder_may_hold_is_refused_by_name(
 def test_a_pull_that_was_cut_off_goes_on_and_its_folder_appears_whole(
     hub: Hub, pushed: Path, pull: Callable[..., Pulled], tmp_path: Path
 ) -> None:
-    hub.plan = [Fault("GET .*/resolve/.*/tokenizer.json", status=404, times=20)]
+    hub.plan = [Fault("/resolve/.*/tokenizer.json", status=404, times=20)]
     with pytest.raises(HubError, match=r"kept in \.here\.pulling: pull again to go on"):
         pull()
     assert not (tmp_path / "here").exists()
