@@ -91,7 +91,10 @@ def remeasure(
         found = {**scored, **_sizes(opened.candidates)}
         timed = _times(opened.candidates, newest, threads, progress)
     lacking = {**opened.lacking, **unscored}
-    return tuple(_judge(m, found, timed, lacking, rows.data, teacher is not None, tolerance_latency) for m in newest)
+    return tuple(
+        _judge(m, found, timed.get(place), lacking, rows.data, teacher is not None, tolerance_latency)
+        for place, m in enumerate(newest)
+    )
 
 
 def _newest(record: facts.Record) -> list[Measurement]:
@@ -188,35 +191,31 @@ def _sizes(candidates: Sequence[Candidate]) -> dict[tuple[str, str, str], float]
     return {(m.subject, m.variant, m.metric): m.value for m in measured}
 
 
-_Conditions = tuple[str, str, int, int]
-"""Subject, variant, rows, tokens."""
-
-
 def _times(
     candidates: Sequence[Candidate], newest: Sequence[Measurement], threads: int, progress: bool
-) -> dict[_Conditions, float | str]:
-    """Seconds of the recorded calls, or why there are none; models of one batch are timed in turn, as they were."""
+) -> dict[int, float | str]:
+    """Seconds of recorded calls by their place in `newest`, or why there are none; models of one batch are timed in
+    turn, as they were."""
     by_name = {(one.subject, one.variant): one for one in candidates}
-    wanted: dict[tuple[int, int], list[tuple[Candidate, Measurement]]] = defaultdict(list)
-    found: dict[_Conditions, float | str] = {}
-    for m in newest:
+    wanted: dict[tuple[int, int], dict[int, Candidate]] = defaultdict(dict)
+    found: dict[int, float | str] = {}
+    for key, m in enumerate(newest):
         one = by_name.get((m.subject, m.variant))
         if m.metric != TIMED or one is None or (place := _conditions(m)) is None:
             continue
-        key = (m.subject, m.variant, *place)
         if m.how.get("threads") != threads or m.how.get("provider") != one.provider:
             found[key] = f"taken with threads {m.how.get('threads')} on {m.how.get('provider')}"
         elif place[1] > quality.longest(one.model, one.tokenizer):
             found[key] = f"the model does not take {place[1]} tokens"
         else:
-            wanted[place].append((one, m))
-    for (batch, length), pairs in wanted.items():
-        runs = max([n for _, m in pairs if isinstance(n := m.how.get("runs"), int)], default=20)
-        calls = {one.name: timed_call(one, batch, length, 0) for one, _ in pairs}
+            wanted[place][key] = one
+    for (batch, length), models in wanted.items():
+        runs = max([n for key in models if isinstance(n := newest[key].how.get("runs"), int)], default=20)
+        calls = {one.name: timed_call(one, batch, length, 0) for one in models.values()}
         taken = latency.measure_all(
             calls, batch=batch, length=length, runs=min(max(runs, 5), 100), warmup=3, threads=threads, progress=progress
         )
-        found |= {(one.subject, one.variant, batch, length): taken[one.name].median for one, _ in pairs}
+        found |= {key: taken[one.name].median for key, one in models.items()}
     return found
 
 
@@ -231,7 +230,7 @@ def _conditions(m: Measurement) -> tuple[int, int] | None:
 def _judge(
     m: Measurement,
     found: Mapping[tuple[str, str, str], float],
-    timed: Mapping[_Conditions, float | str],
+    timed: float | str | None,
     lacking: Mapping[tuple[str, str], Finding],
     data: Data,
     taught: bool,
@@ -252,8 +251,8 @@ def _judge(
         return _compared(known, m, found[key])
     if m.metric == TIMED and place is None:
         return replace(known, note="its conditions are not recorded")
-    if place is not None and (value := timed.get((m.subject, m.variant, *place))) is not None:
-        return replace(known, note=value) if isinstance(value, str) else _timed(known, m, value, tolerance)
+    if timed is not None:
+        return replace(known, note=timed) if isinstance(timed, str) else _timed(known, m, timed, tolerance)
     why = lacking.get((m.subject, m.variant), _finding(state="not checked", note="has no value here"))
     return replace(known, state=why.state, note=why.note)
 
