@@ -187,6 +187,7 @@ def verify(
     """Check a folder against its record, hashes and loading; exit code 1 and a list of what does not hold.
 
     With --measure a score holds within its recorded 95 % interval, a size if it is equal, a latency within a factor.
+    A folder without a record fails; files that the record does not name are told.
     """
     from . import verifying
     from .errors import ConfigurationError
