@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+    from .verifying import Finding
 
 app = typer.Typer(
     help="Distillation for the Hugging Face stack: train with one callback, then export, measure, describe and push.",
@@ -72,6 +74,35 @@ def methods(
         ])  # fmt: skip
     for where, reason in found.broken.items():
         print(f"not usable: {where}: {reason}", file=sys.stderr)
+
+
+@app.command()
+def plan(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder of the teacher.")],
+    layers: Annotated[str, typer.Option(help="Layers of the students to look at, e.g. 3,4,6.")],
+    task: Annotated[str, typer.Option(help="Whose methods are listed.")] = "text-classification",
+    max_mb: Annotated[
+        float | None, typer.Option(min=0, help="Megabytes of the smallest file: int8 ONNX, else safetensors.")
+    ] = None,
+    max_ms: Annotated[float | None, typer.Option(min=0, help="Milliseconds of a call on one row, in torch.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of each operator, while time is taken.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """What students would be like before one is trained: size, latency, the cost of a step, which methods apply."""
+    from hf_compress_evaluation import planning, table
+
+    from .errors import ConfigurationError
+
+    try:
+        numbers = [int(each) for each in layers.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(f"--layers {layers}: expected numbers, e.g. 3,4,6.") from error
+    _quiet()
+    found = planning.plan(teacher, numbers, task=task, max_mb=max_mb, max_ms=max_ms, threads=threads, tell=_tell)
+    if as_json:
+        print(planning.as_json(found))
+    else:
+        _print_table(planning.COLUMNS, planning.rows(found), [table.plain(line) for line in planning.below(found)])
 
 
 @app.command()
@@ -142,6 +173,59 @@ def evaluate(
     _show(folder, as_json)
 
 
+@app.command()
+def verify(
+    folder: Folder,
+    measure: Annotated[bool, typer.Option("--measure", help="Also measure again what the record says.")] = False,
+    task: Annotated[Path | None, typer.Option(help="Task file that names the rows of the record's scores.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub id; without it loyalty is not measured.")] = None,
+    tolerance_latency: Annotated[
+        float, typer.Option(min=0, help="0.5: half as long again, or as much faster, still holds.")
+    ] = 0.5,
+    as_json: AsJson = False,
+) -> None:
+    """Check a folder against its record, hashes and loading; exit code 1 and a list of what does not hold.
+
+    With --measure a score holds within its recorded 95 % interval, a size if it is equal, a latency within a factor.
+    A folder without a record fails; files that the record does not name are told.
+    """
+    from . import verifying
+    from .errors import ConfigurationError
+
+    if measure and task is None:
+        raise ConfigurationError("--measure needs the rows that were measured on: give --task task.yaml.")
+    if not measure and (task or teacher):
+        raise ConfigurationError("--task and --teacher are for measuring: give --measure too, or leave them out.")
+    _quiet()
+    found = verifying.verify(folder)
+    try:
+        if measure and task is not None:
+            from hf_compress_evaluation.remeasuring import remeasure
+
+            progress = not as_json and sys.stderr.isatty()
+            found += remeasure(
+                folder, task=task, teacher=teacher, tolerance_latency=tolerance_latency, progress=progress
+            )
+    finally:  # what was found before the task or the teacher turned out to be wrong
+        _show_findings(found, as_json)
+    if verifying.failing(found):
+        raise typer.Exit(1)
+
+
+def _show_findings(found: tuple[Finding, ...], as_json: bool) -> None:
+    from hf_compress_evaluation.table import plain
+
+    from . import files, verifying
+
+    if as_json:
+        print(verifying.as_json(found))
+    else:
+        below = [plain(line) for line in verifying.not_checked(found)]
+        rows = [tuple(plain(cell) for cell in row) for row in verifying.rows(found)]
+        _print_table(("what", "of", "recorded", "found", "state", ""), rows, below)
+    _tell(files.printable(verifying.summary(found)))
+
+
 def _show(folder: Path, as_json: bool) -> None:
     from hf_compress_evaluation import table
 
@@ -181,6 +265,22 @@ def push(
     _name_in_card(folder, name)
     pushed = hub.push(folder, name, endpoint=endpoint, private=private, create_pr=pull_request, message=message)
     _tell(pushed.describe())
+
+
+@app.command()
+def pull(
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME, or the repository's URL.")],
+    folder: Annotated[Path | None, typer.Argument(help="To make; without it one of the repository's name.")] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+) -> None:
+    """Bring a model folder here, compared with its record before it appears; no pickles."""
+    from . import files, hub
+    from .pulling import pull as pull_folder
+
+    name, endpoint = hub.repository_of(repository)
+    _quiet()
+    pulled = pull_folder(name, folder, revision=revision, endpoint=endpoint)
+    _tell(files.printable(pulled.describe()))
 
 
 def _name_in_card(folder: Path, repository: str) -> None:
@@ -361,10 +461,10 @@ def _console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=150)
 
 
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], below: Sequence[str] = ()) -> None:
     from rich.table import Table
 
-    table = Table()
+    table = Table(caption="\n".join(below) or None, caption_justify="left")
     for column in columns:
         table.add_column(column)
     for row in rows:

@@ -150,7 +150,7 @@ def authorize(
         HubError: without a token or a connection, with a token that may not write there, for somebody else's
             repository, a name that no repository can have, or a public one where a private one is asked for.
     """
-    remote = _Remote.of(repo_id, token=token, endpoint=endpoint)
+    remote = Remote.of(repo_id, token=token, endpoint=endpoint)
     remote.repo_id = remote.authorize(create_pr)
     if (held := remote.existing()) is not None:
         remote.check_visibility(held, private)
@@ -171,7 +171,7 @@ def private_for(teachers: Iterable[str], private: bool | None) -> bool | None:
         HubError: if nothing was asked for and the hub cannot say.
     """
     for teacher in teachers if private is None else ():
-        remote = _Remote.of(teacher, token=None, endpoint=None)
+        remote = Remote.of(teacher, token=None, endpoint=None)
         remedy = "Say for its student: private=True or False, --private or --no-private. Nothing was sent."
         with remote.asking(f"whether the teacher {teacher} is private or gated", remedy):
             info = remote.api.model_info(teacher)
@@ -210,7 +210,7 @@ def push(
     """
     if create_pr and revision != "main":
         raise HubError(f"A pull request goes to main, not to {revision!r}. Leave revision out. Nothing was sent.")
-    remote = _Remote.of(repo_id, token=token, endpoint=endpoint, revision=revision)
+    remote = Remote.of(repo_id, token=token, endpoint=endpoint, revision=revision)
     sent = check(Path(folder), token=remote.token)
     ours = _Local(sent)
     remote.repo_id = remote.authorize(create_pr)
@@ -247,11 +247,11 @@ class _Local:
 
     def __init__(self, sent: Outgoing) -> None:
         self.sent = sent
-        self._hashes = {path.as_posix(): _hashes(sent.folder / path) for path in sent.files}
+        self._hashes = {path.as_posix(): file_hashes(sent.folder / path) for path in sent.files}
 
     def same(self, held: dict[str, RepoFile]) -> bool:
         """Whether a commit holds each of our files with our bytes."""
-        return all(name in held and _remote_hash(held[name]) in ours for name, ours in self._hashes.items())
+        return all(name in held and remote_hash(held[name]) in ours for name, ours in self._hashes.items())
 
     def stale(self, held: dict[str, RepoFile]) -> tuple[str, ...]:
         """Files of an earlier push in a commit, which this folder has no more."""
@@ -263,7 +263,7 @@ class _Local:
         ]
 
 
-def _hashes(path: Path) -> tuple[str, str]:
+def file_hashes(path: Path) -> tuple[str, str]:
     """The names that LFS and git have for the bytes of a file."""
     git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
@@ -272,12 +272,12 @@ def _hashes(path: Path) -> tuple[str, str]:
     return files.sha256(path), git.hexdigest()
 
 
-def _remote_hash(file: RepoFile) -> str:
+def remote_hash(file: RepoFile) -> str:
     return file.lfs.sha256 if file.lfs else file.blob_id
 
 
 @dataclass
-class _Remote:
+class Remote:
     """One repository at one revision, as its owner's client sees it; its failures are HubErrors without a token."""
 
     api: HfApi
@@ -286,7 +286,7 @@ class _Remote:
     token: str | None
 
     @classmethod
-    def of(cls, repo_id: str, *, token: str | None, endpoint: str | None, revision: str = "main") -> _Remote:
+    def of(cls, repo_id: str, *, token: str | None, endpoint: str | None, revision: str = "main") -> Remote:
         token = token or get_token()
         api = HfApi(endpoint=endpoint, token=token or False)
         if "@" in urlsplit(api.endpoint).netloc:  # it would be part of every URL that is printed, logged and kept
@@ -428,7 +428,7 @@ class _Remote:
 
 
 def _commit(
-    remote: _Remote, ours: _Local, stale: tuple[str, ...], head: str, create_pr: bool, message: str
+    remote: Remote, ours: _Local, stale: tuple[str, ...], head: str, create_pr: bool, message: str
 ) -> tuple[str, str]:
     """Uploads, then commits; after each failure looks at what the hub holds. Returns the commit's hash and URL."""
     still = f"{remote.repo_id} holds what it held ({remote.revision} at {head[:7]})."
@@ -466,7 +466,7 @@ def _commit(
 
 
 def _made(
-    remote: _Remote, ours: _Local, head: str, known: dict[str, str] | None, error: Exception
+    remote: Remote, ours: _Local, head: str, known: dict[str, str] | None, error: Exception
 ) -> tuple[str, str] | None:
     """The commit that holds our files, if one was made although we were told of a failure.
 

@@ -28,13 +28,13 @@ from .onnx import graph
 CARD = "README.md"
 _VOCABULARY = r"tokenizer\.json|vocab\.txt|vocab\.json|merges\.txt|added_tokens\.json|[\w.-]+\.model"
 _TOKENIZER = rf"{_VOCABULARY}|tokenizer_config\.json|special_tokens_map\.json|chat_template\.jinja"
-_WEIGHTS = r"(?:model|adapter_model)[\w.-]*\.safetensors"
+WEIGHTS = r"(?:model|adapter_model)[\w.-]*\.safetensors"
 _CONFIGS = r"(?:config|generation_config|preprocessor_config|processor_config|adapter_config|compression)\.json"
 _ONNX = r"[\w-]+\.onnx(?:_data|\.data)?|export\.json"
 _FOLDERS = r"onnx(?:_[\w.-]+)?|evidence|additional_chat_templates"
 _KEPT_APART = r"evidence/(?:[\w-][\w.-]*/)*[\w-][\w.-]*\.(?:png|svg|parquet|json)|LICENSE[\w.-]*"
 ALLOWED = re.compile(
-    rf"{_CONFIGS}|{_WEIGHTS}|model[\w.-]*\.safetensors\.index\.json|{_TOKENIZER}|README\.md"
+    rf"{_CONFIGS}|{WEIGHTS}|model[\w.-]*\.safetensors\.index\.json|{_TOKENIZER}|README\.md"
     rf"|additional_chat_templates/[\w-]+\.jinja|onnx(?:_[\w.-]+)?/(?:{_ONNX}|{_CONFIGS}|{_TOKENIZER})|{_KEPT_APART}"
 )
 """Names that may leave, relative to the model folder, with `/`."""
@@ -43,7 +43,7 @@ MANAGED = re.compile(rf"(?!{_KEPT_APART}){ALLOWED.pattern}")
 old `model.safetensors` with the new shards. Licence and evidence of earlier pushes stay."""
 DISTILLER = re.compile(r"(?:^|\.)distiller\.")
 """Entries that make a training checkpoint resumable; they are no part of the student."""
-_PICKLES = (b"\x80", b"PK\x03\x04")
+PICKLES = (b"\x80", b"PK\x03\x04")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _check_complete(folder: Path, names: tuple[str, ...]) -> None:
     """A configuration, weights, and every shard that an index names."""
     if not {"config.json", "adapter_config.json"} & set(names):
         raise ForeignFileError(folder, "holds no config.json.", "Give the folder that save_pretrained wrote.")
-    if not any(re.fullmatch(rf"{_WEIGHTS}|onnx.*\.onnx", name) for name in names):
+    if not any(re.fullmatch(rf"{WEIGHTS}|onnx.*\.onnx", name) for name in names):
         problem = "holds no weights as safetensors or ONNX; pickled weights are not pushed."
         raise ForeignFileError(folder, problem, "Save the model again with save_pretrained.")
     for name in names:
@@ -141,7 +141,7 @@ def _check_complete(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    if path.suffix == ".model" and path.open("rb").read(4).startswith(_PICKLES):
+    if path.suffix == ".model" and path.open("rb").read(4).startswith(PICKLES):
         raise ForeignFileError(path, "is a pickle, which runs code when loaded.", "Remove it from the folder.")
     if path.suffix == ".safetensors" and (extra := [key for key in _keys(path) if DISTILLER.search(key)]):
         problem = f"holds {len(extra)} entries of the distiller, such as {extra[0]}: a checkpoint of training."

@@ -27,7 +27,9 @@ from typer.main import get_command
 
 from hf_compress import cli, facts, fitting, registry
 
-COMMANDS = ("methods", "export", "evaluate", "card", "push", "compress", "distill", "cache", "demo")
+COMMANDS = (
+    "methods", "plan", "export", "evaluate", "verify", "card", "push", "pull", "compress", "distill", "cache", "demo",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

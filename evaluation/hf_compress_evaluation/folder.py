@@ -34,7 +34,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Candidate:
+class Candidate:
     """One model that is scored and timed."""
 
     subject: str
@@ -80,7 +80,7 @@ def evaluate_folder(
         progress: show bars.
 
     Returns:
-        what was appended, in order.
+        what was appended, in order. The hashes of the student's torch weights are recorded beside it.
 
     Raises:
         ForeignFileError: if none of the variants is there, or a file is malformed.
@@ -100,15 +100,24 @@ def evaluate_folder(
             for candidate in _beside(subject, source, variants, device, threads)
         ]
         candidates += _variants("student", folder, variants, device, threads)
-        _check_classes(candidates)
+        check_classes(candidates)
         rows = load_examples(task, candidates[-1].model.config.label2id)
         found = [*_scores(candidates, rows, task, seed, progress), *_sizes(candidates)]
         found += _latencies(candidates, timing or Timing(), threads, seed, progress)
     facts.append(folder, *found)
+    if any((one.subject, one.variant) == ("student", "torch") for one in candidates):
+        facts.register(folder, _weights(folder))
     return tuple(found)
 
 
-def _torch(subject: str, source: str | Path, device: str) -> _Candidate:
+def _weights(folder: Path) -> list[Path]:
+    """The files of the torch weights, whose hashes tell later that these were measured; not links out of the folder."""
+    root = folder.resolve()
+    return [path for path in sorted(folder.glob("model*.safetensors")) if path.resolve().is_relative_to(root)]
+
+
+def torch_candidate(subject: str, source: str | Path, device: str) -> Candidate:
+    """The torch classifier of a folder or hub id."""
     with foreign.loading(source, f"as {subject}", "Evaluate a trained classifier."):
         config = foreign.config(source)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -122,19 +131,19 @@ def _torch(subject: str, source: str | Path, device: str) -> _Candidate:
     tokenizer = foreign.tokenizer(source)
     folder = Path(source) if Path(source).is_dir() else None
     model = model.eval().to(device)
-    return _Candidate(
+    return Candidate(
         subject=subject, variant="torch", model=model, tokenizer=tokenizer, provider=f"torch-{device}", folder=folder
     )
 
 
-def _beside(subject: str, source: str | Path, variants: Sequence[str], device: str, threads: int) -> list[_Candidate]:
+def _beside(subject: str, source: str | Path, variants: Sequence[str], device: str, threads: int) -> list[Candidate]:
     """Another subject: what its folder holds of the variants, or the torch model of a hub id."""
     if not Path(source).is_dir():
-        return [_torch(subject, source, device)]
+        return [torch_candidate(subject, source, device)]
     return _variants(subject, Path(source), variants, device, threads)
 
 
-def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, threads: int) -> list[_Candidate]:
+def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, threads: int) -> list[Candidate]:
     found = []
     for variant in variants:
         marker = folder / "config.json" if variant == "torch" else folder / variant / "model.onnx"
@@ -142,30 +151,33 @@ def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, 
             if subject == "student":  # of the others an export is welcome, not expected
                 logger.info("%s holds no %s variant (%s): skipped.", folder.name, variant, marker.relative_to(folder))
         elif variant == "torch":
-            found.append(_torch(subject, folder, device))
+            found.append(torch_candidate(subject, folder, device))
         else:
-            from hf_compress.onnx import load_onnx
+            from hf_compress.onnx.loading import check_hashes
 
-            model = load_onnx(folder / variant, provider=device, threads=threads)
-            if model.config is None:
-                raise ForeignFileError(folder / variant, "holds no config.json.", "Export the student again.")
-            tokenizer = foreign.tokenizer(folder / variant)
-            found.append(
-                _Candidate(
-                    subject=subject,
-                    variant=variant,
-                    model=model,
-                    tokenizer=tokenizer,
-                    provider=model.provider,
-                    folder=folder,
-                )
-            )
+            check_hashes(folder / variant)
+            found.append(onnx_candidate(subject, folder, variant, device, threads))
     if not found:
         raise ForeignFileError(folder, f"holds none of {', '.join(variants)}.", "Save or export the model first.")
     return found
 
 
-def _check_classes(candidates: Sequence[_Candidate]) -> None:
+def onnx_candidate(subject: str, folder: Path, variant: str, device: str, threads: int) -> Candidate:
+    """An exported variant of a folder, whose bytes are not compared with its record."""
+    from hf_compress.onnx.loading import open_folder
+
+    model = open_folder(folder / variant, provider=device, threads=threads)
+    model.name_or_path = variant
+    if model.config is None:
+        raise ForeignFileError(folder / variant, "holds no config.json.", "Export the student again.")
+    tokenizer = foreign.tokenizer(folder / variant)
+    return Candidate(
+        subject=subject, variant=variant, model=model, tokenizer=tokenizer, provider=model.provider, folder=folder
+    )
+
+
+def check_classes(candidates: Sequence[Candidate]) -> None:
+    """Refuses models that are no single-label classifiers of the same classes in the same order as the last one's."""
     config = candidates[-1].model.config
     student = config.id2label
     if len(student) < 2 or config.problem_type in ("regression", "multi_label_classification"):
@@ -182,7 +194,7 @@ def _check_classes(candidates: Sequence[_Candidate]) -> None:
 
 
 def _scores(
-    candidates: Sequence[_Candidate], rows: Examples, task: Task, seed: int, progress: bool
+    candidates: Sequence[Candidate], rows: Examples, task: Task, seed: int, progress: bool
 ) -> list[facts.Measurement]:
     logits = {}
     for one in candidates:
@@ -225,7 +237,7 @@ def _scores(
     return found
 
 
-def _sizes(candidates: Sequence[_Candidate]) -> list[facts.Measurement]:
+def _sizes(candidates: Sequence[Candidate]) -> list[facts.Measurement]:
     found: list[facts.Measurement] = []
     for one in candidates:
         if one.folder is not None:
@@ -241,11 +253,11 @@ def _sizes(candidates: Sequence[_Candidate]) -> list[facts.Measurement]:
 
 
 def _latencies(
-    candidates: Sequence[_Candidate], timing: Timing, threads: int, seed: int, progress: bool
+    candidates: Sequence[Candidate], timing: Timing, threads: int, seed: int, progress: bool
 ) -> Iterable[facts.Measurement]:
     length = min([timing.length, *(quality.longest(one.model, one.tokenizer) for one in candidates)])
     for batch in timing.batches:
-        calls = {one.name: _call(one, batch, length, seed) for one in candidates}
+        calls = {one.name: timed_call(one, batch, length, seed) for one in candidates}
         taken = latency.measure_all(
             calls,
             batch=batch,
@@ -259,7 +271,7 @@ def _latencies(
             yield from taken[one.name].measurements(one.subject, one.variant, provider=one.provider)
 
 
-def _call(one: _Candidate, batch: int, length: int, seed: int) -> latency.Call:
+def timed_call(one: Candidate, batch: int, length: int, seed: int) -> latency.Call:
     """A forward pass on random ids without padding, made beforehand on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, one.model.config.vocab_size, (batch, length), generator=generator)

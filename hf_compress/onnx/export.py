@@ -63,7 +63,7 @@ def export_onnx(folder: Path, *, output: Path | None = None, progress: Progress 
     folder = Path(folder)
     output = folder / "onnx" if output is None else Path(output)
     tell(progress, "load")
-    model, processing_class = _load(folder)
+    model, processing_class = load_folder(folder)
     exported = export_model(model, processing_class, output, progress=progress)
     record(folder, exported)
     return exported
@@ -148,7 +148,13 @@ def _rounded(call: Callable[[Any], Any], model: PreTrainedModel) -> Any:
     return call(with_other_rounding(model))
 
 
-def _load(folder: Path) -> tuple[PreTrainedModel, Any]:
+def load_folder(folder: Path) -> tuple[PreTrainedModel, Any]:
+    """The model of a folder, of the class that its config names, and its tokenizer or processor, or None.
+
+    Raises:
+        ForeignFileError: if something is malformed, or weights are missing.
+        ConfigurationError: if no Auto class builds its architecture.
+    """
     auto = _auto_class(foreign.config(folder, local_files_only=True))
     with foreign.loading(folder, "with safetensors weights", "Save the student with `save_pretrained`."):
         model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True, **foreign.SAFE)

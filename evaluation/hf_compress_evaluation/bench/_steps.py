@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 WARM = 3
 """Steps at the beginning that are not counted."""
@@ -34,9 +34,9 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
 
 
 def resident() -> int:
-    """Bytes of this process in memory (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of this process in memory (Linux); 0 where the system does not tell."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else 0
 
 
 @contextmanager
@@ -58,9 +58,16 @@ def highest() -> Iterator[list[int]]:
 
 
 def train(
-    model: nn.Module, rows: Any, *, steps: int, batch: int, threads: int, callbacks: Sequence[TrainerCallback] = ()
+    model: nn.Module,
+    rows: Any,
+    *,
+    steps: int,
+    batch: int,
+    threads: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    warm: int = WARM,
 ) -> dict[str, float]:
-    """Median seconds of a step, and the most megabytes that training took."""
+    """Median seconds of a step on the CPU after `warm` of them, and the most megabytes that training took."""
     torch.set_num_threads(threads)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -78,9 +85,10 @@ def train(
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[*callbacks, clock]
         )
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is a command's result
         with highest() as memory:
             trainer.train()
-    return {"seconds": median(clock.seconds[WARM:]), "megabytes": memory[0] / 2**20}
+    return {"seconds": median(clock.seconds[warm:]), "megabytes": memory[0] / 2**20}
 
 
 def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
