@@ -27,7 +27,7 @@ from typer.main import get_command
 
 from hf_compress import cli, facts, fitting, registry
 
-COMMANDS = ("methods", "export", "evaluate", "card", "push", "compress", "distill", "cache", "demo")
+COMMANDS = ("methods", "export", "evaluate", "card", "report", "push", "compress", "distill", "cache", "demo")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Candidate:
+class Candidate:
     """One model that is scored and timed."""
 
     subject: str
@@ -99,8 +99,8 @@ def evaluate_folder(
             if source is not None
             for candidate in _beside(subject, source, variants, device, threads)
         ]
-        candidates += _variants("student", folder, variants, device, threads)
-        _check_classes(candidates)
+        candidates += load_variants("student", folder, variants, device, threads)
+        check_classes(candidates)
         rows = load_examples(task, candidates[-1].model.config.label2id)
         found = [*_scores(candidates, rows, task, seed, progress), *_sizes(candidates)]
         found += _latencies(candidates, timing or Timing(), threads, seed, progress)
@@ -108,7 +108,12 @@ def evaluate_folder(
     return tuple(found)
 
 
-def _torch(subject: str, source: str | Path, device: str) -> _Candidate:
+def load_torch(subject: str, source: str | Path, device: str) -> Candidate:
+    """The torch classifier of a folder or hub id, with its tokenizer.
+
+    Raises:
+        ForeignFileError, MismatchError: if it cannot be loaded, or lacks weights.
+    """
     with foreign.loading(source, f"as {subject}", "Evaluate a trained classifier."):
         config = foreign.config(source)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -122,19 +127,20 @@ def _torch(subject: str, source: str | Path, device: str) -> _Candidate:
     tokenizer = foreign.tokenizer(source)
     folder = Path(source) if Path(source).is_dir() else None
     model = model.eval().to(device)
-    return _Candidate(
+    return Candidate(
         subject=subject, variant="torch", model=model, tokenizer=tokenizer, provider=f"torch-{device}", folder=folder
     )
 
 
-def _beside(subject: str, source: str | Path, variants: Sequence[str], device: str, threads: int) -> list[_Candidate]:
+def _beside(subject: str, source: str | Path, variants: Sequence[str], device: str, threads: int) -> list[Candidate]:
     """Another subject: what its folder holds of the variants, or the torch model of a hub id."""
     if not Path(source).is_dir():
-        return [_torch(subject, source, device)]
-    return _variants(subject, Path(source), variants, device, threads)
+        return [load_torch(subject, source, device)]
+    return load_variants(subject, Path(source), variants, device, threads)
 
 
-def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, threads: int) -> list[_Candidate]:
+def load_variants(subject: str, folder: Path, variants: Sequence[str], device: str, threads: int) -> list[Candidate]:
+    """The models of a folder, those of the variants that it holds; ForeignFileError if it holds none of them."""
     found = []
     for variant in variants:
         marker = folder / "config.json" if variant == "torch" else folder / variant / "model.onnx"
@@ -142,7 +148,7 @@ def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, 
             if subject == "student":  # of the others an export is welcome, not expected
                 logger.info("%s holds no %s variant (%s): skipped.", folder.name, variant, marker.relative_to(folder))
         elif variant == "torch":
-            found.append(_torch(subject, folder, device))
+            found.append(load_torch(subject, folder, device))
         else:
             from hf_compress.onnx import load_onnx
 
@@ -151,7 +157,7 @@ def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, 
                 raise ForeignFileError(folder / variant, "holds no config.json.", "Export the student again.")
             tokenizer = foreign.tokenizer(folder / variant)
             found.append(
-                _Candidate(
+                Candidate(
                     subject=subject,
                     variant=variant,
                     model=model,
@@ -165,7 +171,8 @@ def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, 
     return found
 
 
-def _check_classes(candidates: Sequence[_Candidate]) -> None:
+def check_classes(candidates: Sequence[Candidate]) -> None:
+    """Refuses with a MismatchError what does not have the classes of the last, a single-label classifier's."""
     config = candidates[-1].model.config
     student = config.id2label
     if len(student) < 2 or config.problem_type in ("regression", "multi_label_classification"):
@@ -182,7 +189,7 @@ def _check_classes(candidates: Sequence[_Candidate]) -> None:
 
 
 def _scores(
-    candidates: Sequence[_Candidate], rows: Examples, task: Task, seed: int, progress: bool
+    candidates: Sequence[Candidate], rows: Examples, task: Task, seed: int, progress: bool
 ) -> list[facts.Measurement]:
     logits = {}
     for one in candidates:
@@ -216,7 +223,7 @@ def _scores(
     return found
 
 
-def _sizes(candidates: Sequence[_Candidate]) -> list[facts.Measurement]:
+def _sizes(candidates: Sequence[Candidate]) -> list[facts.Measurement]:
     found: list[facts.Measurement] = []
     for one in candidates:
         if one.folder is not None:
@@ -232,7 +239,7 @@ def _sizes(candidates: Sequence[_Candidate]) -> list[facts.Measurement]:
 
 
 def _latencies(
-    candidates: Sequence[_Candidate], timing: Timing, threads: int, seed: int, progress: bool
+    candidates: Sequence[Candidate], timing: Timing, threads: int, seed: int, progress: bool
 ) -> Iterable[facts.Measurement]:
     length = min([timing.length, *(quality.longest(one.model, one.tokenizer) for one in candidates)])
     for batch in timing.batches:
@@ -250,7 +257,7 @@ def _latencies(
             yield from taken[one.name].measurements(one.subject, one.variant, provider=one.provider)
 
 
-def _call(one: _Candidate, batch: int, length: int, seed: int) -> latency.Call:
+def _call(one: Candidate, batch: int, length: int, seed: int) -> latency.Call:
     """A forward pass on random ids without padding, made beforehand on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, one.model.config.vocab_size, (batch, length), generator=generator)
