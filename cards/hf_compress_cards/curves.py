@@ -94,9 +94,9 @@ def draw(panel: Panel) -> Any:
         axes.set_xlabel("step")
         values = [value for curve in panel.curves for value in curve.values]
         if min(values) > 0 and max(values) > 30 * min(values):
-            from matplotlib.ticker import FuncFormatter, NullFormatter
+            from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
     return figure

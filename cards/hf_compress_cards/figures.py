@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from hf_compress.facts import Data, Measurement, Record
 
-
 UNKNOWN = "not measured"
 SUBJECTS = {
     "teacher": "teacher",

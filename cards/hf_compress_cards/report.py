@@ -22,6 +22,8 @@ from . import curves, figures, plot, svg
 from .card import architecture_of, settings
 from .text import plain
 
+_ORDER = [figures.SUBJECTS[name] for name in ("teacher", "alone", "student-labelled", "student")]
+"""Of the results: first what the student is compared with."""
 TEXT = 1000
 """Characters that are shown of a row of the user's data."""
 
@@ -107,7 +109,7 @@ def _context(
         "count": figures.count,
         "percent": figures.percent,
         "settings": settings,
-        "quality": figures.quality_cells(record, drawn[1] if drawn else None),
+        "quality": _results(record, drawn[1] if drawn else None),
         "condition": plot.told(drawn[1]) if drawn else None,
         "plot": svg.inline(drawn[0], name="Accuracy against latency", salt="plot") if drawn else None,
         "speed": figures.speed_cells(record),
@@ -123,6 +125,13 @@ def _context(
         "compared": comparison,
         "missing": _missing(record, panels, comparison),
     }
+
+
+def _results(record: Record, timed: figures.Comparable | None) -> figures.Cells | None:
+    if (found := figures.quality_cells(record, timed)) is None:
+        return None
+    heads, rows = found
+    return heads, sorted(rows, key=lambda row: _ORDER.index(row[0]) if row[0] in _ORDER else len(_ORDER))
 
 
 def _missing(record: Record, panels: tuple[curves.Panel, ...], comparison: Comparison | None) -> list[str]:
