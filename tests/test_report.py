@@ -528,9 +528,9 @@ def test_the_command_refuses_before_it_runs_a_model(
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
-    "--enable-logging=stderr", "--virtual-time-budget=5000",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--hide-scrollbars", "--enable-logging=stderr", "--virtual-time-budget=5000",
 )  # fmt: skip
 MEASURE = """
 const found = {wide: [], plots: [], texts: [], boxes: 0, style: ''};
@@ -540,7 +540,7 @@ found.scroll = root.scrollWidth;
 found.height = root.scrollHeight;
 for (const each of page.body.querySelectorAll('*')) {
   const box = each.getBoundingClientRect();
-  if (!each.closest('table') && !each.closest('svg *') && box.right > root.clientWidth + 0.5) found.wide.push(each.tagName);
+  if (!each.closest('table, svg *') && box.right > root.clientWidth + 0.5) found.wide.push(each.tagName);
 }
 for (const each of page.querySelectorAll('svg')) {
   const box = each.getBoundingClientRect();
