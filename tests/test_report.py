@@ -242,7 +242,7 @@ def test_no_text_of_any_kind_becomes_markup(tmp_path: Path) -> None:
         except ValueError:  # the record refuses it
             record = Record()
         folder = made(tmp_path / f"{at}", record, architectures=[nasty])
-        log = written(tmp_path / f"{at}.json", logged(2, (f"distill/{nasty}", "eval_" + nasty + "loss")))
+        log = written(tmp_path / f"{at}.json", [{"step": 1, f"distill/{nasty}": 1.0, f"eval_{nasty}loss": 2.0}])
         page = check(report.render(folder, history=log, comparison=compared([nasty], (nasty, nasty[::-1]))))
         shown = text.plain(nasty)[:400]
         assert " ".join(shown.split()) in page.shown

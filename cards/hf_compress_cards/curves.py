@@ -71,12 +71,13 @@ def panels(path: Path) -> tuple[Panel, ...]:
 
 
 def _curve(log: list[dict[str, Any]], name: str) -> Curve:
-    points = [
-        (step, entry[name]) for entry in log if _drawable(step := entry.get("step")) and _drawable(entry.get(name))
+    points: list[tuple[float, float]] = [
+        (entry["step"], entry[name]) for entry in log if _drawable(entry.get("step")) and _drawable(entry.get(name))
     ]
     thin = [points[len(points) * at // POINTS : len(points) * (at + 1) // POINTS] for at in range(POINTS)]
     parts = thin if len(points) > POINTS else [[point] for point in points]
-    steps, values = (tuple(sum(point[axis] for point in part) / len(part) for part in parts) for axis in (0, 1))
+    steps = tuple(sum(step for step, _ in part) / len(part) for part in parts)
+    values = tuple(sum(value for _, value in part) / len(part) for part in parts)
     return Curve(plain(name, 60), steps, values, len(points))
 
 

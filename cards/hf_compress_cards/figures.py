@@ -204,7 +204,9 @@ def other_cells(record: Record) -> Cells | None:
     """The newest value of every metric that has no place in the other tables."""
     placed = {*QUALITY, *SIZE, *LATENCY, *DERIVED}
     newest = {(x.metric, x.subject, x.variant, str(x.how)): x for x in record.measurements if x.metric not in placed}
-    rows = [(_named(x), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()]
+    rows: list[tuple[str, ...]] = [
+        (_named(x), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()
+    ]
     return (("metric", "model", "variant", "value"), rows) if rows else None
 
 
