@@ -88,7 +88,7 @@ def _drawable(value: Any) -> bool:
 def draw(panel: Panel) -> Any:
     """The curves of one panel as a figure of matplotlib, narrow enough for a phone."""
     with plot.drawing():
-        figure, axes = plot.blank((5.4, 3.0))
+        figure, axes = plot.blank((4.7, 2.7))
         for curve, colour in zip(panel.curves, COLOURS, strict=False):
             mark = "o" if len(curve.values) < 25 else ""
             axes.plot(curve.steps, curve.values, color=colour, linewidth=1.6, marker=mark, markersize=3.5)

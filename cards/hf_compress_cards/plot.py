@@ -79,7 +79,7 @@ def figure(record: Record) -> tuple[Any, figures.Comparable] | None:
     if condition is None or not found:
         return None
     with drawing():
-        drawn, axes = _figure(found, (5.4, 4.2))
+        drawn, axes = _figure(found, (4.7, 3.8))
         _label(axes, found)
     return drawn, condition
 
