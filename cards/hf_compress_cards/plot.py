@@ -155,13 +155,15 @@ def _draw_mark(axes: Any, mark: Mark, largest: float) -> None:
 
 
 def _scale(axes: Any, found: list[Mark]) -> None:
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     xs = [1000 * mark.latency for mark in found]
     ys = [100 * value for mark in found for value in (mark.accuracy.value, *(mark.accuracy.interval or ()))]
     if max(xs) > 8 * min(xs):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(min(xs) / 1.9, max(xs) * 1.9)
     else:
         axes.set_xlim(0, max(xs) * 1.2)
