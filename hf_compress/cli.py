@@ -249,6 +249,35 @@ def card(folder: Folder) -> None:
 
 
 @app.command()
+def report(
+    folder: Folder,
+    output: Annotated[Path, typer.Option(help="The page to write; its name ends in .html.")] = Path("report.html"),
+    task: Annotated[Path | None, typer.Option(help="Task file: rows on which both are run.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub id; goes with --task.")] = None,
+    history: Annotated[Path | None, typer.Option(help="A trainer_state.json; without it the folder's own.")] = None,
+) -> None:
+    """Write one page for yourself: what was measured, training curves, rows where student and teacher differ."""
+    from hf_compress_cards import curves
+    from hf_compress_cards import report as reports
+
+    from .errors import ConfigurationError
+
+    _holds_a_model(folder)
+    if (task is None) != (teacher is None):
+        raise ConfigurationError("--task and --teacher go together: both models are run on the task's rows.")
+    reports.check_name(output)
+    if history is not None:
+        curves.panels(history)  # what is malformed is found before anything runs
+    compared = None
+    if task is not None and teacher is not None:
+        from hf_compress_evaluation.report import compare
+
+        _quiet()
+        compared = compare(folder, task=task, teacher=teacher, progress=sys.stderr.isatty())
+    _tell(f"wrote {reports.write(folder, output, history=history, comparison=compared)}, which is never pushed")
+
+
+@app.command()
 def push(
     folder: Folder,
     repository: Annotated[str, typer.Argument(help="OWNER/NAME, or the repository's URL.")],

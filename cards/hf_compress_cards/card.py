@@ -67,7 +67,7 @@ def _template() -> Template:
 
 def _context(record: Record, config: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
     """What the template prints. Texts are as they came; the environment escapes each when it is printed."""
-    architecture = _architecture(record, config)
+    architecture = architecture_of(record, config)
     tag = usage.pipeline_tag(record, architecture)
     variants = usage.onnx_variants(record)
     name = model.rsplit("/", 1)[-1]
@@ -86,10 +86,10 @@ def _context(record: Record, config: dict[str, Any], model: str, folder: Path) -
         "find": record.find,
         "show": figures.show,
         "count": figures.count,
-        "settings": _settings,
-        "quality": figures.quality_table(record),
-        "speed": figures.speed_table(record),
-        "other": figures.other_table(record),
+        "settings": settings,
+        "quality": _table(figures.quality_cells(record)),
+        "speed": _table(figures.speed_cells(record)),
+        "other": _table(figures.other_cells(record)),
         "derived": figures.derived(record),
         "measured_on": figures.measured_on(record),
         "missing": figures.missing(record),
@@ -108,7 +108,12 @@ def _context(record: Record, config: dict[str, Any], model: str, folder: Path) -
     }
 
 
-def _architecture(record: Record, config: dict[str, Any]) -> str | None:
+def _table(cells: figures.Cells | None) -> Safe | None:
+    return table(*cells) if cells else None
+
+
+def architecture_of(record: Record, config: dict[str, Any]) -> str | None:
+    """The class of the model, by its config or by what trained it."""
     named = config.get("architectures")
     if isinstance(named, list) and named and isinstance(named[0], str):
         return named[0]
@@ -117,7 +122,7 @@ def _architecture(record: Record, config: dict[str, Any]) -> str | None:
 
 def _methods(record: Record) -> Safe | None:
     methods = record.training.methods if record.training else ()
-    rows = [(method.name, f"{method.weight:g}", _settings(method.settings)) for method in methods]
+    rows = [(method.name, f"{method.weight:g}", settings(method.settings)) for method in methods]
     return table(("method", "weight", "settings"), rows) if rows else None
 
 
@@ -130,5 +135,6 @@ def _setting(value: Setting) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _settings(values: dict[str, Setting]) -> str:
+def settings(values: dict[str, Setting]) -> str:
+    """Names and values in one line."""
     return ", ".join(f"{key} = {_setting(value)}" for key, value in values.items())

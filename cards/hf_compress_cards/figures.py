@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from hf_compress.facts import Data, Measurement, Record
 
-from .text import Safe, table
-
 UNKNOWN = "not measured"
 SUBJECTS = {
     "teacher": "teacher",
@@ -38,6 +36,12 @@ DERIVED = {
 BATCHES = (1, 32)
 
 
+Cells = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""Column heads and rows of a table: texts as they came, which whoever prints them escapes."""
+Comparable = tuple[str, str, str]
+"""Device, threads and padded length: what two latencies share that stand side by side."""
+
+
 @dataclass(frozen=True, order=True)
 class Condition:
     """What two latencies must have in common to be compared."""
@@ -54,6 +58,11 @@ class Condition:
     def device(self) -> str:
         """GPU or CPU: providers of one device may be compared, they are what is compared."""
         return "GPU" if re.search("cuda|gpu|tensorrt|rocm", self.provider, re.IGNORECASE) else "CPU"
+
+    @property
+    def comparable(self) -> Comparable:
+        """What latencies of one table or picture share."""
+        return self.device, self.threads, self.length
 
 
 def show(found: Measurement | None) -> str:
@@ -123,16 +132,32 @@ def _place(name: str, known: list[str]) -> int:
     return known.index(name) if name in known else len(known)
 
 
-def quality_table(record: Record) -> Safe | None:
-    """Quality, agreement and size of every subject and variant; a column that is empty throughout is left out."""
+def quality_cells(record: Record, timed: Comparable | None = None) -> Cells | None:
+    """Quality, agreement and size of every subject and variant; a column that is empty throughout is left out.
+
+    Args:
+        record: of a model folder.
+        timed: adds the median latencies that were taken so.
+    """
     cells = {pair: {key: record.find(key, *pair) for key in QUALITY | SIZE} for pair in pairs(record)}
     shown = [key for key in QUALITY | SIZE if any(row[key] for row in cells.values())]
-    rows = [
-        (SUBJECTS.get(subject, subject), variant, *(_cell(subject, variant, key, row[key]) for key in shown))
-        for (subject, variant), row in cells.items()
-        if any(row.values())
-    ]
-    return table(("model", "variant", *((QUALITY | SIZE)[key] for key in shown)), rows) if rows else None
+    batches = [] if timed is None else _batches(record)
+    rows = []
+    for pair, row in cells.items():
+        took = [_median(record, pair, batch, timed) for batch in batches]
+        if any(row.values()) or any(took):
+            named = (SUBJECTS.get(pair[0], pair[0]), pair[1])
+            rows.append((*named, *(_cell(*pair, key, row[key]) for key in shown), *map(show, took)))
+    heads = ("model", "variant", *((QUALITY | SIZE)[key] for key in shown), *(f"latency, batch {n}" for n in batches))
+    return (heads, rows) if rows else None
+
+
+def _median(record: Record, pair: tuple[str, str], batch: int, timed: Comparable | None) -> Measurement | None:
+    for found in reversed(record.measurements):
+        same = (found.metric, found.subject, found.variant) == ("latency_median", *pair)
+        if same and _batch(found) == batch and Condition.of(found).comparable == timed:
+            return found
+    return None
 
 
 def _cell(subject: str, variant: str, key: str, found: Measurement | None) -> str:
@@ -142,14 +167,13 @@ def _cell(subject: str, variant: str, key: str, found: Measurement | None) -> st
     return "–" if found is None and (itself or graph) else show(found)
 
 
-def speed_table(record: Record) -> Safe | None:
+def speed_cells(record: Record) -> Cells | None:
     """Latency, one row for each subject, variant and condition."""
     latencies = [each for each in record.measurements if each.metric in LATENCY]
     keys = [
         (pair, c) for pair in pairs(record) for c in conditions(x for x in latencies if (x.subject, x.variant) == pair)
     ]
-    batches = sorted({*BATCHES, *(batch for each in latencies if (batch := _batch(each)) is not None)})
-    rows = []
+    batches, rows = _batches(record), []
     for (subject, variant), condition in keys:
         row = [SUBJECTS.get(subject, subject), variant]
         for batch in batches:
@@ -164,7 +188,12 @@ def speed_table(record: Record) -> Safe | None:
         "threads",
         "length",
     )
-    return table(columns, rows) if rows else None
+    return (columns, rows) if rows else None
+
+
+def _batches(record: Record) -> list[int]:
+    timed = (_batch(each) for each in record.measurements if each.metric in LATENCY)
+    return sorted({*BATCHES, *(batch for batch in timed if batch is not None)})
 
 
 def conditions(latencies: Iterable[Measurement]) -> list[Condition]:
@@ -187,12 +216,14 @@ def _latency(
     return None
 
 
-def other_table(record: Record) -> Safe | None:
+def other_cells(record: Record) -> Cells | None:
     """The newest value of every metric that has no place in the other tables."""
     placed = {*QUALITY, *SIZE, *LATENCY, *DERIVED}
     newest = {(x.metric, x.subject, x.variant, str(x.how)): x for x in record.measurements if x.metric not in placed}
-    rows = [(_named(x), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()]
-    return table(("metric", "model", "variant", "value"), rows) if rows else None
+    rows: list[tuple[str, ...]] = [
+        (_named(x), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()
+    ]
+    return (("metric", "model", "variant", "value"), rows) if rows else None
 
 
 def _named(found: Measurement) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -32,18 +34,14 @@ class Mark:
     bytes: float | None
 
 
-Condition = tuple[str, str, str]
-"""Device, threads and padded length: what two latencies share that are drawn in one picture."""
-
-
-def marks(record: Record) -> tuple[Condition | None, list[Mark]]:
+def marks(record: Record) -> tuple[figures.Comparable | None, list[Mark]]:
     """The pairs with an accuracy and a latency at batch 1, under the condition that most of them share."""
     scored = {pair: found for pair in figures.pairs(record) if (found := record.find("accuracy", *pair))}
-    timed: dict[Condition, dict[tuple[str, str], float]] = {}
+    timed: dict[figures.Comparable, dict[tuple[str, str], float]] = {}
     for each in record.measurements:  # a later measurement replaces an earlier one
         pair, at = (each.subject, each.variant), figures.Condition.of(each)
         if each.metric == "latency_median" and each.how.get("batch") == 1 and pair in scored and each.value > 0:
-            timed.setdefault((at.device, at.threads, at.length), {})[pair] = each.value
+            timed.setdefault(at.comparable, {})[pair] = each.value
     if not timed:
         return None, []
     condition = max(timed, key=lambda each: (len(timed[each]), each))
@@ -60,9 +58,10 @@ def draw(record: Record, path: Path) -> Path | None:
     if condition is None or not found:
         return None
     image = BytesIO()
-    with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = _figure(found, condition)
+    with drawing():
+        figure, axes = _figure(found, (8.2, 4.8))
+        _tell(axes, condition)
+        _label(axes, found)
         figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -74,33 +73,71 @@ def draw(record: Record, path: Path) -> Path | None:
     return path
 
 
-def _figure(found: list[Mark], condition: Condition) -> Any:
+def figure(record: Record) -> tuple[Any, figures.Comparable] | None:
+    """The picture without its words around it, narrow enough for a phone, and how its latencies were taken."""
+    condition, found = marks(record)
+    if condition is None or not found:
+        return None
+    with drawing():
+        drawn, axes = _figure(found, (4.7, 3.8))
+        _label(axes, found)
+    return drawn, condition
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """In it a name in a script that the font lacks is drawn as boxes, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def blank(size: tuple[float, float]) -> tuple[Any, Any]:
+    """An empty figure of so many inches and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import, so only where it is used
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.2, 4.8), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    largest = max((mark.bytes or 0.0 for mark in found), default=0.0)
+    axes.grid(color="#e5e5e5", linewidth=0.7, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _figure(found: list[Mark], size: tuple[float, float]) -> tuple[Any, Any]:
+    figure, axes = blank(size)
+    largest = _largest(found)
     for mark in found:
         _draw_mark(axes, mark, largest)
     _scale(axes, found)
     axes.set_xlabel("latency at batch 1, median (ms)")
     axes.set_ylabel("accuracy (%)")
-    device, threads, length = condition
-    told = f"{device}, threads: {threads}, padded length: {length}"
+    return figure, axes
+
+
+def _tell(axes: Any, condition: figures.Comparable) -> None:
+    """Title above the axes, and below them how the latencies were taken."""
     axes.set_title("Quality against speed: up and to the left is better", loc="left", fontsize=11, fontweight="bold")
     axes.text(
         0,
         -0.17,
-        f"{plain(told, 90)}; area: bytes on disk; bars: 95 % interval",
+        f"{plain(told(condition), 90)}; area: bytes on disk; bars: 95 % interval",
         transform=axes.transAxes,
         fontsize=8,
         color="#555555",
         parse_math=False,
     )
-    _label(axes, found, largest)
-    return figure
+
+
+def told(condition: figures.Comparable) -> str:
+    """The condition in words."""
+    device, threads, length = condition
+    return f"{device}, threads: {threads}, padded length: {length}"
+
+
+def _largest(found: list[Mark]) -> float:
+    return max((mark.bytes or 0.0 for mark in found), default=0.0)
 
 
 def _area(size: float | None, largest: float) -> float:
@@ -118,28 +155,29 @@ def _draw_mark(axes: Any, mark: Mark, largest: float) -> None:
 
 
 def _scale(axes: Any, found: list[Mark]) -> None:
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     xs = [1000 * mark.latency for mark in found]
     ys = [100 * value for mark in found for value in (mark.accuracy.value, *(mark.accuracy.interval or ()))]
     if max(xs) > 8 * min(xs):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(min(xs) / 1.9, max(xs) * 1.9)
     else:
         axes.set_xlim(0, max(xs) * 1.2)
     room = max(0.15 * (max(ys) - min(ys)), 2.0)
     axes.set_ylim(min(ys) - room, max(ys) + room)
-    axes.grid(color="#e5e5e5", linewidth=0.7, zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top in points."""
 
 
-def _label(axes: Any, found: list[Mark], largest: float) -> None:
+def _label(axes: Any, found: list[Mark]) -> None:
     """A label beside each mark, on the side where it covers least of the other marks and labels."""
+    largest = _largest(found)
     axes.figure.canvas.draw()  # lays the axes out, so that data have a place in points
     scale = 72 / axes.figure.dpi
     window = axes.get_window_extent()

@@ -99,7 +99,7 @@ def evaluate_folder(
             if source is not None
             for candidate in _beside(subject, source, variants, device, threads)
         ]
-        candidates += _variants("student", folder, variants, device, threads)
+        candidates += load_variants("student", folder, variants, device, threads)
         check_classes(candidates)
         rows = load_examples(task, candidates[-1].model.config.label2id)
         found = [*_scores(candidates, rows, task, seed, progress), *_sizes(candidates)]
@@ -140,10 +140,11 @@ def _beside(subject: str, source: str | Path, variants: Sequence[str], device: s
     """Another subject: what its folder holds of the variants, or the torch model of a hub id."""
     if not Path(source).is_dir():
         return [torch_candidate(subject, source, device)]
-    return _variants(subject, Path(source), variants, device, threads)
+    return load_variants(subject, Path(source), variants, device, threads)
 
 
-def _variants(subject: str, folder: Path, variants: Sequence[str], device: str, threads: int) -> list[Candidate]:
+def load_variants(subject: str, folder: Path, variants: Sequence[str], device: str, threads: int) -> list[Candidate]:
+    """The models of a folder, those of the variants that it holds; ForeignFileError if it holds none of them."""
     found = []
     for variant in variants:
         marker = folder / "config.json" if variant == "torch" else folder / variant / "model.onnx"

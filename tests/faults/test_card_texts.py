@@ -141,7 +141,7 @@ def template() -> nodes.Template:
 
 
 def test_the_template_prints_through_nothing_but_its_environment() -> None:
-    """No filter that marks a text as safe, nothing included from elsewhere, one template."""
+    """No filter that marks a text as safe, nothing included from elsewhere; the report's: tests/test_report.py."""
     tree = template()
     assert {found.name for found in tree.find_all(nodes.Filter)} == {"join", "map"}
     forbidden = (
@@ -151,7 +151,7 @@ def test_the_template_prints_through_nothing_but_its_environment() -> None:
     assert not list(tree.find_all(forbidden))
     assert card._template().environment.finalize is text.escape
     (folder,) = Path(hf_compress_cards.__file__).parent.glob("templates")
-    assert [path.name for path in folder.iterdir()] == ["card.md.jinja"]
+    assert sorted(path.name for path in folder.iterdir()) == ["card.md.jinja", "report.html.jinja"]
 
 
 @settings(max_examples=30, deadline=None)
