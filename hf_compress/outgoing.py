@@ -38,7 +38,7 @@ ALLOWED = re.compile(
     rf"|additional_chat_templates/[\w-]+\.jinja|onnx(?:_[\w.-]+)?/(?:{_ONNX}|{_CONFIGS}|{_TOKENIZER})|{_KEPT_APART}"
 )
 """Names that may leave, relative to the model folder, with `/`."""
-MANAGED = re.compile(rf"(?!{_KEPT_APART}){ALLOWED.pattern}")
+MANAGED = re.compile(rf"(?!(?:{_KEPT_APART})\Z)(?:{ALLOWED.pattern})")
 """Names that a later push takes away from the hub when the folder has them no more: a loader would prefer or pair an
 old `model.safetensors` with the new shards. Licence and evidence of earlier pushes stay."""
 DISTILLER = re.compile(r"(?:^|\.)distiller\.")

@@ -151,6 +151,18 @@ def test_a_file_that_is_gone_here_is_taken_away_there_but_not_what_others_added(
     assert set(hub.files("me/student")) == SENT - set(pushed.deleted) | {"notes.md"}
 
 
+def test_licence_and_evidence_of_an_earlier_push_stay(hub: Hub, push: Callable[..., Pushed], folder: Path) -> None:
+    """By hand or by a push: what was measured once, and on which terms, is not taken away."""
+    push()
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    kept = ("LICENSE", "LICENSE-weights.txt", "evidence/earlier/curve.png")
+    added = [CommitOperationAdd(name, b"kept") for name in (*kept, "model-00001-of-00002.safetensors")]
+    api.create_commit("me/student", added, commit_message="earlier")
+    write(folder / "vocab.txt", "[PAD]\n")
+    assert push().deleted == ("model-00001-of-00002.safetensors",)
+    assert set(kept) <= set(hub.files("me/student"))
+
+
 def test_the_pushed_model_loads_with_from_pretrained(
     hub: Hub, push: Callable[..., Pushed], client: Callable[..., str], folder: Path
 ) -> None:
