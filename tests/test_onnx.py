@@ -63,6 +63,8 @@ from hf_compress.onnx import (
 from hf_compress.onnx import graph as onnx_graph
 from hf_compress.onnx.folder import _portable
 from hf_compress.onnx.gate import _decisions
+from hf_compress.onnx.parity import with_other_rounding
+from hf_compress.onnx.runtime import _engines
 
 TEXTS = ["the film was very good", "a dull story", "i love the music but not the end", "slow"] * 4
 LABELS = [0, 1, 2, 0] * 4
@@ -778,6 +780,38 @@ def test_parity_scales_with_the_output_and_counts_infinities_as_equal() -> None:
         check_parity(Fake(), Fake(logits=expected), batch)
 
 
+def test_what_float32_leaves_open_is_allowed_tenfold_row_by_row_and_recorded() -> None:
+    batch = [{"input_ids": torch.zeros(2, 1)}]
+    expected = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    open_row = expected + torch.tensor([[0.0, 0.001], [0.0, 0.0]])  # the last bit of the weights moves the first row
+    asked = []
+
+    def rounded() -> Fake:
+        asked.append(1)
+        return Fake(logits=open_row)
+
+    near = expected + torch.tensor([[0.0099, 0.0], [0.0, 0.0]])
+    parity = check_parity(Fake(logits=near), Fake(logits=expected), batch, rounded=rounded)
+    assert parity.rounding == pytest.approx(0.01, rel=1e-3)
+    assert parity.max_abs_diff == pytest.approx(0.0099)
+    for wrong in (near * torch.tensor([[1.1], [1.0]]), near.flip(0)):  # too far, or in the row that is determined
+        with pytest.raises(ParityError, match=r"and 0\.01 for rounding"):
+            check_parity(Fake(logits=wrong), Fake(logits=expected), batch, rounded=rounded)
+    asked.clear()
+    assert check_parity(Fake(logits=expected), Fake(logits=expected), batch, rounded=rounded).rounding == 0
+    assert not asked  # the second model is made where it is needed
+    with pytest.raises(ParityError, match=r"\(1 \+ \|output\|\)\.$"):
+        check_parity(Fake(logits=near), Fake(logits=expected), batch)
+
+
+def test_other_rounding_changes_weights_by_their_last_bit() -> None:
+    model = nn.Linear(50, 50)
+    other = with_other_rounding(model)
+    apart = ((other.weight - model.weight) / model.weight).abs()
+    assert 0 < apart.max() < 2.5e-7
+    assert 0.4 < (apart > 0).double().mean() < 0.9
+
+
 def test_the_vocabulary_of_the_helpers_fits() -> None:
     assert tiny_tokenizer().vocab_size == len(VOCAB) == tiny_bert_config().vocab_size
 
@@ -801,6 +835,12 @@ def test_tensorrt_is_asked_for_with_profiles_and_a_kept_engine(
     assert given["trt_fp16_enable"]
     assert given["trt_engine_cache_enable"]
     assert Path(given["trt_engine_cache_path"]).parent == tmp_path / "hf_compress" / "tensorrt"
+    beside = Path(shutil.copytree(built / "onnx", tmp_path / "onnx"))
+    places = []
+    for weights in (b"one", b"other"):
+        (beside / "model.onnx_data").write_bytes(weights)
+        places.append(_engines(beside / "model.onnx")["trt_engine_cache_path"])
+    assert len({*places, given["trt_engine_cache_path"]}) == 3, "an engine holds weights that lie beside the graph"
     with pytest.raises(
         ConfigurationError, match=r"input_ids has the axes batch_size, sequence_length, and sequence_len"
     ):

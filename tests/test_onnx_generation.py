@@ -359,6 +359,13 @@ def test_an_encoder_decoder_in_fewer_bits_decides_like_float32(seq2seq: Path) ->
         load_onnx(exported.folder).generate(**SOURCE, max_new_tokens=4)
 
 
+def test_without_a_gate_an_encoder_decoder_goes_the_same_way(seq2seq: Path) -> None:
+    exported = quantize_onnx(seq2seq, gate=None, output="onnx_other")
+    kinds = {node.op_type for path in exported.folder.glob("*.onnx") for node in onnx.load(path).graph.node}
+    assert "MatMulNBits" in kinds
+    assert "MatMulInteger" not in kinds
+
+
 def test_half_precision_keeps_its_cache_in_half_and_its_logits_in_float32(causal: Path) -> None:
     exported = quantize_onnx(causal, precision="fp16", gate=Gate(features=TEXTS, min_agreement=0.95))
     types = {spec.name: spec.type for spec in load_onnx(exported.folder).session.get_inputs()}

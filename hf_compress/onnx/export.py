@@ -137,6 +137,8 @@ def prove(folder: Path, model: PreTrainedModel, processing_class: Any) -> tuple[
     }
     if loaded.can_generate():
         how["calls"] = "half of the tokens, then the rest with the cache"
+    if rounding := max(parity.rounding for parity in found):
+        how["allowed_for_rounding"] = rounding
     return max(found, key=lambda parity: parity.max_abs_diff), how
 
 

@@ -19,8 +19,6 @@ import onnx_ir
 from hf_compress import files
 from hf_compress.errors import ConfigurationError, ForeignFileError
 
-MODEL = "model.onnx"
-"""The graph of a model that has one."""
 WEIGHTS = "_data"
 """Added to a graph's name: the one name of external weights that Optimum fetches from a hub."""
 PLACEHOLDER = ".data"
@@ -114,7 +112,8 @@ def _rename(value: onnx_ir.Value, names: Mapping[str, str], pattern: re.Pattern[
 
 FLAG = "use_cache_branch"
 """Input of a merged decoder, as Optimum and browser runtimes feed it: False in the first call."""
-_PAST, _PRESENT = "past_key_values.", "present."
+PAST, PRESENT = "past_key_values.", "present."
+"""How the names of keys and values begin, as inputs and as outputs."""
 
 
 def reuse_cross(model: onnx_ir.Model, *, batch: str, source: str) -> None:
@@ -166,9 +165,9 @@ def reuse_cross(model: onnx_ir.Model, *, batch: str, source: str) -> None:
 
 def _in_order_of_outputs(graph: onnx_ir.Graph, added: Sequence[onnx_ir.Value]) -> None:
     """Puts the past after the other inputs, in the order in which it comes out: Optimum pairs them by place."""
-    past = {value.name: value for value in (*graph.inputs, *added) if value.name and value.name.startswith(_PAST)}
+    past = {value.name: value for value in (*graph.inputs, *added) if value.name and value.name.startswith(PAST)}
     others = [value for value in graph.inputs if value.name not in past]
-    order = [value.name.replace(_PRESENT, _PAST) for value in graph.outputs if value.name]
+    order = [value.name.replace(PRESENT, PAST) for value in graph.outputs if value.name]
     graph.inputs.clear()
     graph.inputs.extend([*others, *(past[name] for name in order if name in past)])
 
@@ -176,12 +175,12 @@ def _in_order_of_outputs(graph: onnx_ir.Graph, added: Sequence[onnx_ir.Value]) -
 def keeps_cache(path: Path) -> bool:
     """Whether a graph takes keys and values of what came before."""
     check_external(path)
-    return any(value.name.startswith(_PAST) for value in _read(path).graph.input)
+    return any(value.name.startswith(PAST) for value in _read(path).graph.input)
 
 
 def _empty_unless(flag: onnx_ir.Value, graph: onnx_ir.Graph) -> None:
     """Cuts the decoder's own past to no positions where the flag is False: some runtimes feed one of zeros."""
-    past = [value for value in graph.inputs if value.name and value.name.startswith(_PAST)]
+    past = [value for value in graph.inputs if value.name and value.name.startswith(PAST)]
     nodes, most = [], np.iinfo(np.int64).max
 
     def constant(name: str, *numbers: int) -> onnx_ir.Value:
@@ -209,7 +208,7 @@ def _past_of(value: onnx_ir.Value, batch: str, source: str) -> onnx_ir.Value:
     assert value.name is not None
     assert value.shape is not None
     _, heads, _, width = value.shape
-    name = value.name.replace(_PRESENT, _PAST)
+    name = value.name.replace(PRESENT, PAST)
     return onnx_ir.Value(name=name, shape=onnx_ir.Shape([batch, heads, source, width]), type=value.type)
 
 

@@ -93,7 +93,7 @@ def open_folder(
     if graph is not None and graph not in names:
         raise UnknownNameError("graph", graph, names)
     session = opened(graph or names[0])
-    if any(name.startswith("past_key_values.") for name in session.input_names) and graph is None:
+    if any(name.startswith(graphs.PAST) for name in session.input_names) and graph is None:
         return OnnxCausalLM(session, config, _generation_config(folder))
     return OnnxModel(session, config)
 

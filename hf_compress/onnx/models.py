@@ -21,10 +21,8 @@ from transformers.models.whisper.generation_whisper import WhisperGenerationMixi
 
 from hf_compress.errors import ConfigurationError
 
-from .graph import FLAG
+from .graph import FLAG, PAST, PRESENT
 from .runtime import OnnxGraph
-
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 class _Served(_PreTrainedModel):  # type: ignore[misc]  # transformers is not typed for mypy
@@ -52,7 +50,7 @@ class _Served(_PreTrainedModel):  # type: ignore[misc]  # transformers is not ty
     @property
     def input_names(self) -> tuple[str, ...]:
         """What the graph takes, its past left out."""
-        return tuple(name for name in self.graph.input_names if not name.startswith(_PAST))
+        return tuple(name for name in self.graph.input_names if not name.startswith(PAST))
 
     @property
     def device(self) -> torch.device:
@@ -142,13 +140,13 @@ class _Generating(GenerationMixin, _Served):  # type: ignore[misc]
         """Runs the decoder and leaves its new keys and values in the cache."""
         rows = inputs["input_ids"].shape[0]
         past = {
-            f"{_PAST}{layer}.{states}{kind}": _state(cache, layer, kind, rows, shape, self.dtype, self.device)
+            f"{PAST}{layer}.{states}{kind}": _state(cache, layer, kind, rows, shape, self.dtype, self.device)
             for layer, shapes in enumerate(self._past[states])
             for kind, shape in shapes.items()
         }
         output: Mapping[str, Tensor] = self.graph(**inputs, **past)
         for layer in range(len(self._past[states])):
-            _keep(cache, layer, *(output[f"{_PRESENT}{layer}.{states}{kind}"] for kind in ("key", "value")))
+            _keep(cache, layer, *(output[f"{PRESENT}{layer}.{states}{kind}"] for kind in ("key", "value")))
         return output
 
 
@@ -156,8 +154,8 @@ def _past(graph: OnnxGraph) -> dict[str, list[dict[str, tuple[int, int]]]]:
     """{"" or "decoder." or "encoder.": for each layer {"key": (heads, width), "value": …}} from the graph's inputs."""
     found: dict[str, list[dict[str, tuple[int, int]]]] = {}
     for spec in graph.session.get_inputs():
-        if spec.name.startswith(_PAST):
-            layer, rest = spec.name.removeprefix(_PAST).split(".", 1)
+        if spec.name.startswith(PAST):
+            layer, rest = spec.name.removeprefix(PAST).split(".", 1)
             states, kind = rest[: rest.rfind(".") + 1], rest[rest.rfind(".") + 1 :]
             layers = found.setdefault(states, [])
             while len(layers) <= int(layer):
@@ -349,14 +347,14 @@ class OnnxSeq2SeqLM(_Generating):
             given["encoder_attention_mask"] = ones if attention_mask is None else attention_mask
         rows = decoder_input_ids.shape[0]
         given |= {
-            f"{_PAST}{layer}.encoder.{kind}": _state(cross, layer, kind, rows, shape, self.dtype, self.device)
+            f"{PAST}{layer}.encoder.{kind}": _state(cross, layer, kind, rows, shape, self.dtype, self.device)
             for layer, shapes in enumerate(self._past["encoder."])
             for kind, shape in shapes.items()
         }
         output = self._step(own, "decoder.", given)
         if not reused:
             for layer in range(len(self._past["encoder."])):
-                _keep(cross, layer, *(output[f"{_PRESENT}{layer}.encoder.{kind}"] for kind in ("key", "value")))
+                _keep(cross, layer, *(output[f"{PRESENT}{layer}.encoder.{kind}"] for kind in ("key", "value")))
                 cache.is_updated[layer] = True
         return Seq2SeqLMOutput(
             logits=output["logits"],

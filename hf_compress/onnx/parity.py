@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,8 @@ class Parity:
     output: str
     shape: tuple[int, ...]
     """Of the batch where it occurred: (batch, time) or (batch, channels, height, width)."""
+    rounding: float = 0.0
+    """The most that was allowed beside the tolerance, because float32 leaves that much open; 0 where nothing was."""
 
 
 def check_parity(
@@ -59,6 +61,7 @@ def check_parity(
         ParityError: for the first output that is missing, of another shape, or too far off: how far, where.
     """
     worst = Parity(max_abs_diff=0.0, output="", shape=())
+    most = 0.0
     other: Callable[..., Mapping[str, Tensor]] | None = None
     for batch in batches:
         with torch.no_grad():
@@ -74,9 +77,10 @@ def check_parity(
                 with torch.no_grad():
                     slack = ROUNDING * (other(**batch)[name] - value).abs().amax(-1, keepdim=True)
                 difference = _difference(name, found.get(name), value, batch, tolerance, slack)
+                most = max(most, slack.max().item())
             if difference >= worst.max_abs_diff:
                 worst = Parity(max_abs_diff=difference, output=name, shape=shape_of(batch))
-    return worst
+    return replace(worst, rounding=most)
 
 
 def _difference(
@@ -91,9 +95,10 @@ def _difference(
     excess = ~(gap <= tolerance * (1 + expected.abs()) + slack)
     largest = gap.max().item() if gap.numel() else 0.0
     if excess.any():
+        beside = f" and {float(slack.max()):.3g} for rounding" if isinstance(slack, Tensor) else ""
         raise ParityError(
             f"{where}: the graph differs from the model by up to {largest:.3g} (at {int(excess.sum())} of "
-            f"{gap.numel()} values), allowed is {tolerance:g} x (1 + |output|)."
+            f"{gap.numel()} values), allowed is {tolerance:g} x (1 + |output|){beside}."
         )
     return largest
 

@@ -5,6 +5,7 @@ ONNX Runtime falls back to the CPU with a log line when a provider cannot be had
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from importlib import metadata, util
@@ -20,6 +21,8 @@ from transformers.modeling_outputs import ModelOutput
 
 from hf_compress import files
 from hf_compress.errors import ConfigurationError, ForeignFileError, HfCompressError, ProviderError
+
+from .graph import WEIGHTS
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
@@ -151,9 +154,10 @@ def _with_fallbacks(wanted: str, path: Path, shapes: Shapes | None, options: Map
 
 
 def _engines(path: Path) -> dict[str, Any]:
-    """Engines are built once for a graph's bytes: building takes minutes. They lie in the user's cache."""
+    """Engines are built once for a graph and its weights: building takes minutes. They lie in the user's cache."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_compress" / "tensorrt"
-    place = str(folder / files.sha256(path)[:16])
+    held = [path, *sorted(path.parent.glob(f"*.onnx{WEIGHTS}"))]  # an engine holds weights, also those beside a graph
+    place = str(folder / hashlib.sha256("".join(map(files.sha256, held)).encode()).hexdigest()[:16])
     return {
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": place,

@@ -218,7 +218,7 @@ class _CausalStep(_Step):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Mapping[str, Any]
     ) -> dict[str, Any]:
-        cache = filled(past_key_values)
+        cache = _filled(past_key_values)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         known = inspect.signature(self.model.forward).parameters
         logits = self.run(cache, **{name: value for name, value in inputs.items() if name in known})
@@ -235,7 +235,7 @@ class _DecoderStep(_Step):
         past_key_values: Mapping[str, Any],
         encoder_attention_mask: Tensor | None = None,
     ) -> dict[str, Any]:
-        own = filled({layer: states["decoder"] for layer, states in past_key_values.items()})
+        own = _filled({layer: states["decoder"] for layer, states in past_key_values.items()})
         cache = EncoderDecoderCache(own, DynamicCache())
         inputs: dict[str, Any] = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
         outputs = BaseModelOutput(last_hidden_state=encoder_hidden_states)
@@ -245,7 +245,7 @@ class _DecoderStep(_Step):
         return {"logits": logits, "present": present}
 
 
-def filled(past: Mapping[str, Mapping[str, Tensor]]) -> DynamicCache:
+def _filled(past: Mapping[str, Mapping[str, Tensor]]) -> DynamicCache:
     """A cache of {layer: {"key", "value"}}, each (batch, heads, time, width)."""
     cache = DynamicCache()
     for layer, states in past.items():

@@ -91,6 +91,7 @@ def _row(case: Case, folder: Path, tell: Callable[[str], None], device: str) -> 
         "safetensors bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "export seconds": round(time.perf_counter() - started, 1),
         "largest difference": exported.value("parity_max_abs_diff"),
+        "allowed for rounding": exported.measurements[0].how.get("allowed_for_rounding", 0.0),
         "onnx bytes": _bytes(exported.folder),
     }
     precision = "int8" if device == "cpu" else "fp16"
@@ -247,11 +248,12 @@ def markdown(rows: Mapping[str, Row]) -> str:
         for label, values in row.items():
             if isinstance(values, dict) and label.startswith("word error"):
                 int8 += f"; {label}: {_list(values)}"
+        left = row.get("allowed for rounding", 0.0)
         small = row["onnx_int8 bytes"] / row["onnx bytes"] if "onnx_int8 bytes" in row else None
         cells = (
             f"{name} ({row['timed']})",
             f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['largest difference']:.1e}",
+            f"{row['largest difference']:.1e}" + (f" (rounding {left:.1e})" if left else ""),
             "" if row["decides like torch"] is None else f"{row['decides like torch']:.3f}",
             right,
             f"{row['onnx bytes'] / row['safetensors bytes']:.3f}",
