@@ -145,14 +145,16 @@ def _holds_a_model(folder: Path) -> None:
 
 
 def _gate(folder: Path, data: Path, max_drop: float, min_agreement: float) -> Any:
-    from hf_compress_evaluation.task import load_examples, read_task
+    from hf_compress_evaluation import scoring
+    from hf_compress_evaluation.task import read_task
 
-    from . import files
+    from . import foreign
     from .onnx import Gate
 
-    rows = load_examples(read_task(data), files.read_json(folder / "config.json").get("label2id", {}))
-    labels = None if rows.labels is None else rows.labels.tolist()
-    return Gate(features=rows.texts, labels=labels, max_drop=max_drop, min_agreement=min_agreement)
+    task, config = read_task(data), foreign.config(folder, use="to be exported")
+    scorer = scoring.scorer(task.task, config)
+    features, labels = scorer.gate(scorer.load(task, config))
+    return Gate(features=features, labels=labels, max_drop=max_drop, min_agreement=min_agreement)
 
 
 @app.command()

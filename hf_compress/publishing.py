@@ -19,8 +19,9 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from hf_compress_cards import card
+from hf_compress_evaluation import scoring
 from hf_compress_evaluation.folder import evaluate_folder
-from hf_compress_evaluation.task import Task, load_examples, read_task
+from hf_compress_evaluation.task import Task, read_task
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -33,6 +34,13 @@ from .provenance import task_of
 from .teachers.model import hub_name
 
 logger = logging.getLogger(__name__)
+
+_FITTING = {
+    "text-classification": ("text-classification", "text-regression"),
+    "token-classification": ("token-classification",),
+    "sentence-similarity": ("feature-extraction",),
+}
+"""The tasks of models that a task file can score."""
 
 
 class ExportCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for mypy
@@ -340,13 +348,15 @@ def _teachers_folders(trainer: Trainer) -> list[Path]:
 def _check_task(task: Task, model: PreTrainedModel, teacher: str | Path | None) -> None:
     """The student can be scored on the task, and the teacher beside it; `evaluate_folder` would say so in the end."""
     kind, config = kind_of(model), model.config
-    if kind != "rows" or task_of(model, kind) != task.task:
+    if kind == "labels" or task_of(model, kind) not in _FITTING[task.task]:
         raise MismatchError(
-            f"PublishCallback: the task file asks for {task.task}, and {type(model).__name__} is no classifier of "
-            "texts with one class a row. Leave task out, and add measurements of your own to the record."
+            f"PublishCallback: the task file asks for {task.task}, and {type(model).__name__} is made for another. "
+            "Leave task out, and add measurements of your own to the record."
         )
-    load_examples(task, config.label2id)
-    if teacher is not None and (theirs := foreign.config(teacher, use="as the teacher").id2label) != config.id2label:
+    scoring.scorer(task.task, config).load(task, config)
+    if teacher is None or task.task == "sentence-similarity":
+        return
+    if (theirs := foreign.config(teacher, use="as the teacher").id2label) != config.id2label:
         raise MismatchError(
             f"PublishCallback: the teacher has the classes {theirs}, the student {config.id2label}. Agreement needs "
             "the same classes in the same order: set id2label and label2id of both configs alike."

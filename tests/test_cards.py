@@ -210,7 +210,7 @@ def test_a_folder_without_measurements_says_so_and_its_card_is_valid(
     outgoing._check_card(folder / "README.md")
     assert "Quality, agreement with the teacher and size were not measured." in card
     assert "Latency was not measured." in card
-    assert "Not measured: accuracy; F1 (macro);" in card
+    assert "Not measured: quality against labels;" in card
     assert "latency at batch 1; latency at batch 32" in card
     assert ("How it was trained is not recorded." in card) == (facts.load(folder).training is None)
     assert ("Teacher: none" in card) == (facts.load(folder).training is not None)

@@ -283,7 +283,7 @@ def test_json_is_all_that_distill_prints(distilled: Distilled) -> None:
     assert [(row["subject"], row["variant"]) for row in rows] == [
         ("teacher", "torch"), ("student", "torch"), ("student", "onnx"), ("student", "onnx_int8"),
     ]  # fmt: skip
-    assert all(row["accuracy"]["value"] is not None for row in rows)
+    assert all(row["scores"]["accuracy"]["value"] is not None for row in rows)
 
 
 def test_progress_and_the_destination_are_told_on_stderr(distilled: Distilled) -> None:

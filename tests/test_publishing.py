@@ -445,7 +445,7 @@ def adapted(**settings: Any) -> Any:
         (lambda at: published(at, at / "big", teacher=at / "big"), None, ConfigurationError, "is the teacher's folder"),
         (lambda at: PublishCallback("me/s"), None, ConfigurationError, "nothing is exported"),
         (lambda at: PublishCallback("me/s", folder=at / "s", task=at / "none.yaml"), None, ForeignFileError, "none"),
-        (lambda at: published(at), lambda: new_student(problem_type="regression"), MismatchError, "one class a row"),
+        (lambda at: published(at), lambda: new_student(problem_type="regression"), MismatchError, "no number"),
         (lambda at: published(at), lambda: new_student(label2id={"no": 0, "yes": 1}), UnknownNameError, "negative"),
         (
             lambda at: published(at, teacher=at / "big"),

@@ -25,7 +25,8 @@ from hf_compress_cards import curves, plot, report, svg, text
 from hf_compress_evaluation import quality
 from hf_compress_evaluation import report as measuring
 from hf_compress_evaluation.folder import Timing, evaluate_folder
-from hf_compress_evaluation.task import load_examples, read_task
+from hf_compress_evaluation.scoring.classes import Classes
+from hf_compress_evaluation.task import read_task
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2 import nodes
@@ -33,7 +34,7 @@ from recipes import write_rows, write_teacher
 from test_cards import EVALUATED, FULL, NASTY, hostile, hostile_record, made, measured, training
 from test_cli import Said, call
 from tiny import tiny_tokenizer
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import BertConfig, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hf_compress import DistillCallback, facts, fitting, outgoing, shrink
 from hf_compress.comparison import ClassShare, Comparison, Disagreement, Right, Share
@@ -478,7 +479,14 @@ def test_the_comparison_is_that_of_the_record(real: Path) -> None:
 
 
 def texts_of(real: Path) -> tuple[str, ...]:
-    return load_examples(read_task(real / "task.yaml"), {"negative": 0, "positive": 1}).texts
+    return (
+        Classes()
+        .load(
+            read_task(real / "task.yaml"),
+            BertConfig(label2id={"negative": 0, "positive": 1}, id2label={0: "negative", 1: "positive"}),
+        )
+        .texts
+    )
 
 
 def test_rows_without_labels_are_compared_too(real: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_weights_that_give_nan_and_a_graph_that_is_gone_fail_by_name(student: Pa
     save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
     (student / "onnx/model.onnx").unlink()
     found = measured(student, made)
-    assert "cannot be measured: predict: the logits of row 0" in found["student torch accuracy"].note
+    assert "cannot be measured: predict: the outputs of row 0" in found["student torch accuracy"].note
     assert found["student onnx accuracy"].note == "there is no onnx/model.onnx"
     assert {found[f"student {variant} accuracy"].state for variant in ("torch", "onnx")} == {"fails"}
 

@@ -20,18 +20,31 @@ QUALITY = {
     "accuracy": "accuracy",
     "f1_macro": "F1 (macro)",
     "f1_micro": "F1 (micro)",
+    "seqeval_f1": "F1 (entities)",
+    "seqeval_precision": "precision (entities)",
+    "seqeval_recall": "recall (entities)",
+    "spearmanr": "Spearman correlation",
+    "pearsonr": "Pearson correlation",
+    "mean_squared_error": "mean squared error",
     "matthews_correlation": "Matthews correlation",
     "calibration_error": "calibration error",
     "label_loyalty": "same label as the teacher",
     "probability_loyalty": "probability loyalty",
     "kl": "KL from the teacher",
+    "regression_loyalty": "Pearson correlation with the teacher",
+    "rank_loyalty": "Spearman correlation with the teacher",
+    "score_difference": "difference from the teacher's score",
+    "teacher_cosine": "cosine with the teacher's embeddings",
 }
+SCORES = ("seqeval_f1", "accuracy", "f1_macro", "f1_micro", "spearmanr", "pearsonr", "mean_squared_error")
+"""Those of `QUALITY` that need labels and no teacher; the first that was measured is what models are compared by."""
+LOYALTY = ("label_loyalty", "probability_loyalty", "kl", "regression_loyalty", "rank_loyalty", "teacher_cosine")
 SIZE = {"parameters": "parameters", "bytes": "size on disk"}
 LATENCY = {"latency_median": "median", "latency_p90": "p90"}
 DERIVED = {
     "retention": "{value} of the teacher's quality is kept",
     "gap_closed": "{value} of the gap between the same start trained without the teacher and the teacher is closed",
-    "gain": "{value} is the difference in accuracy to the same start trained without the teacher",
+    "gain": "{value} is the difference in {metric} to the same start trained without the teacher",
 }
 BATCHES = (1, 32)
 
@@ -162,7 +175,7 @@ def _median(record: Record, pair: tuple[str, str], batch: int, timed: Comparable
 
 def _cell(subject: str, variant: str, key: str, found: Measurement | None) -> str:
     """A dash where there is nothing to measure: the teacher's agreement with itself, the parameters of a graph."""
-    itself = subject == "teacher" and (key.endswith("_loyalty") or key == "kl")
+    itself = subject == "teacher" and (key in LOYALTY or key == "score_difference")
     graph = variant != "torch" and key == "parameters"
     return "–" if found is None and (itself or graph) else show(found)
 
@@ -247,10 +260,21 @@ def derived(record: Record) -> list[str]:
     variants = [variant for variant in variants if variant != "onnx" or "torch" not in variants]
     found = [(key, variant, record.find(key, "student", variant)) for key in DERIVED for variant in variants]
     return [
-        f"{DERIVED[key].format(value=show(value))}{'' if variant == 'torch' else f' with {variant}'}{_test(value)}."
+        f"{DERIVED[key].format(value=show(value), metric=_metric(value))}"
+        f"{'' if variant == 'torch' else f' with {variant}'}{_test(value)}."
         for key, variant, value in found
         if value is not None
     ]
+
+
+def main_score(record: Record) -> str:
+    """The metric by which the models of the record are compared."""
+    return next((name for name in SCORES if any(x.metric == name for x in record.measurements)), "accuracy")
+
+
+def _metric(found: Measurement) -> str:
+    named = str(found.how.get("metric", "accuracy"))
+    return QUALITY.get(named, named)
 
 
 def _test(found: Measurement) -> str:
@@ -266,12 +290,18 @@ def measured_on(record: Record) -> list[Data]:
 
 def missing(record: Record) -> list[str]:
     """What a reader would expect and nobody measured: of the student, and of what it is compared with."""
-    agreement = record.find("label_loyalty") or record.find("probability_loyalty")
-    wanted = {"accuracy": record.find("accuracy"), "F1 (macro)": record.find("f1_macro")}
+
+    def first(names: Iterable[str], subject: str = "student") -> Measurement | None:
+        return next((found for name in names if (found := record.find(name, subject)) is not None), None)
+
+    score = first(SCORES)
+    wanted = {"quality against labels": score}
+    if score is not None and score.metric == "accuracy" and first(("seqeval_f1",)) is None:
+        wanted["F1 (macro)"] = record.find("f1_macro")
     if record.training is None or record.training.teacher is not None:
-        wanted["the teacher's quality on the same data"] = record.find("accuracy", "teacher")
-        wanted["the same start trained without the teacher"] = record.find("accuracy", "alone")
-        wanted["agreement with the teacher"] = agreement
+        wanted["the teacher's quality on the same data"] = first(SCORES, "teacher")
+        wanted["the same start trained without the teacher"] = first(SCORES, "alone")
+        wanted["agreement with the teacher"] = first(LOYALTY)
     wanted["size on disk"] = record.find("bytes")
     timed = {_batch(x) for x in record.measurements if (x.metric, x.subject) == ("latency_median", "student")}
     absent = [name for name, found in wanted.items() if found is None]

@@ -17,6 +17,12 @@ METRICS = {
     "f1_macro": ("f1", "F1 (macro)"),
     "f1_micro": ("f1", "F1 (micro)"),
     "matthews_correlation": ("matthews_correlation", "Matthews correlation"),
+    "seqeval_f1": ("f1", "F1 (entities)"),
+    "seqeval_precision": ("precision", "Precision (entities)"),
+    "seqeval_recall": ("recall", "Recall (entities)"),
+    "spearmanr": ("spearmanr", "Spearman correlation"),
+    "pearsonr": ("pearsonr", "Pearson correlation"),
+    "mean_squared_error": ("mse", "Mean squared error"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 

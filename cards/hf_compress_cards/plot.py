@@ -30,13 +30,14 @@ class Mark:
     subject: str
     variant: str
     latency: float
-    accuracy: Measurement
+    score: Measurement
     bytes: float | None
 
 
 def marks(record: Record) -> tuple[figures.Comparable | None, list[Mark]]:
-    """The pairs with an accuracy and a latency at batch 1, under the condition that most of them share."""
-    scored = {pair: found for pair in figures.pairs(record) if (found := record.find("accuracy", *pair))}
+    """The pairs with a score and a latency at batch 1, under the condition that most of them share."""
+    metric = figures.main_score(record)
+    scored = {pair: found for pair in figures.pairs(record) if (found := record.find(metric, *pair))}
     timed: dict[figures.Comparable, dict[tuple[str, str], float]] = {}
     for each in record.measurements:  # a later measurement replaces an earlier one
         pair, at = (each.subject, each.variant), figures.Condition.of(each)
@@ -112,7 +113,8 @@ def _figure(found: list[Mark], size: tuple[float, float]) -> tuple[Any, Any]:
         _draw_mark(axes, mark, largest)
     _scale(axes, found)
     axes.set_xlabel("latency at batch 1, median (ms)")
-    axes.set_ylabel("accuracy (%)")
+    score = found[0].score
+    axes.set_ylabel(f"{figures.QUALITY[score.metric]} ({'%' if score.unit == 'fraction' else '× 100'})")
     return figure, axes
 
 
@@ -146,9 +148,9 @@ def _area(size: float | None, largest: float) -> float:
 
 def _draw_mark(axes: Any, mark: Mark, largest: float) -> None:
     colour = COLOURS.get(mark.subject, OTHER_COLOUR)
-    x, y = 1000 * mark.latency, 100 * mark.accuracy.value
-    if mark.accuracy.interval:
-        low, high = (100 * value for value in mark.accuracy.interval)
+    x, y = 1000 * mark.latency, 100 * mark.score.value
+    if mark.score.interval:
+        low, high = (100 * value for value in mark.score.interval)
         axes.plot([x, x], [low, high], color=colour, linewidth=1.2, alpha=0.6, zorder=2)
     axes.scatter([x], [y], s=_area(mark.bytes, largest), color=colour, alpha=0.45, linewidth=0, zorder=3)
     axes.scatter([x], [y], s=14, color=colour, zorder=4)
@@ -158,7 +160,7 @@ def _scale(axes: Any, found: list[Mark]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     xs = [1000 * mark.latency for mark in found]
-    ys = [100 * value for mark in found for value in (mark.accuracy.value, *(mark.accuracy.interval or ()))]
+    ys = [100 * value for mark in found for value in (mark.score.value, *(mark.score.interval or ()))]
     if max(xs) > 8 * min(xs):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -182,7 +184,7 @@ def _label(axes: Any, found: list[Mark]) -> None:
     scale = 72 / axes.figure.dpi
     window = axes.get_window_extent()
     inside = (window.x0 * scale, window.y0 * scale, window.x1 * scale, window.y1 * scale)
-    centres = [axes.transData.transform((1000 * m.latency, 100 * m.accuracy.value)) * scale for m in found]
+    centres = [axes.transData.transform((1000 * m.latency, 100 * m.score.value)) * scale for m in found]
     radii = [(_area(mark.bytes, largest) / 3.1416) ** 0.5 for mark in found]
     taken = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)]
     for mark, (x, y), radius in zip(found, centres, radii, strict=True):
@@ -197,7 +199,7 @@ def _label(axes: Any, found: list[Mark]) -> None:
         taken.append(boxes[side])
         axes.annotate(
             f"{name}{size}",
-            (1000 * mark.latency, 100 * mark.accuracy.value),
+            (1000 * mark.latency, 100 * mark.score.value),
             side,
             textcoords="offset points",
             ha="center",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,27 +128,53 @@ def examples(
         UnknownNameError: for a column or a label's name that does not exist.
         MismatchError: for a label that is no class id, or is out of range.
     """
-    if not len(rows):
-        raise ConfigurationError(f"{name}: no rows to evaluate on.")
-    for column in (text, label):
-        if column is not None and column not in rows.column_names:
-            raise _no_column(column, rows.column_names, name)
-    texts = list(rows[text])
-    for row, value in enumerate(texts):
-        if not isinstance(value, str):
-            raise ConfigurationError(
-                f"{name}: {text!r} of row {row} is {value!r}, not a text. Fill it in or drop the row."
-            )
+    if label is not None:
+        column(rows, label, name=name)
+    own = texts(rows, text, name=name)
     ids = None if label is None else label_ids(_names(rows, label), label2id, name=name)
     data = facts.Data(
         name=name,
-        rows=len(texts),
+        rows=len(own),
         labelled=0 if ids is None else len(ids),
-        fingerprint=facts.fingerprint(texts if ids is None else zip(texts, ids.tolist(), strict=True)),
+        fingerprint=facts.fingerprint(own if ids is None else zip(own, ids.tolist(), strict=True)),
         licence=licence,
         split=split,
     )
-    return Examples(texts=tuple(texts), labels=ids, data=data)
+    return Examples(texts=own, labels=ids, data=data)
+
+
+def column(rows: datasets.Dataset, wanted: str, *, name: str) -> list[Any]:
+    """The values of a column of a data set of that name, at least one.
+
+    Raises:
+        ConfigurationError: if there is no row.
+        UnknownNameError: for a column that does not exist.
+    """
+    if not len(rows):
+        raise ConfigurationError(f"{name}: no rows to evaluate on.")
+    if wanted not in rows.column_names:
+        raise _no_column(wanted, rows.column_names, name)
+    return list(rows[wanted])
+
+
+def texts(rows: datasets.Dataset, wanted: str, *, name: str) -> tuple[str, ...]:
+    """The texts of a column; errors as `column`, and ConfigurationError for a missing one (naming its row)."""
+    found = column(rows, wanted, name=name)
+    for row, value in enumerate(found):
+        if not isinstance(value, str):
+            raise ConfigurationError(
+                f"{name}: {wanted!r} of row {row} is {value!r}, not a text. Fill it in or drop the row."
+            )
+    return tuple(found)
+
+
+def numbers(rows: datasets.Dataset, wanted: str, *, name: str) -> NDArray[np.float64]:
+    """(row,) numbers of a column; errors as `column`, and MismatchError for what is none (naming its row)."""
+    found = column(rows, wanted, name=name)
+    for row, value in enumerate(found):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise MismatchError(f"{name}: {wanted!r} of row {row} is {value!r}, no number. Mend or drop the row.")
+    return np.array(found, np.float64)
 
 
 def classes(rows: datasets.Dataset, label: str, *, name: str) -> dict[str, int]:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from hf_compress import facts
 
-from hf_compress import facts, foreign
-from hf_compress.errors import ForeignFileError, MismatchError
-
-from . import latency, quality
-from .examples import Examples
-from .task import Task, load_examples, read_task
-
-logger = logging.getLogger(__name__)
+from . import latency, quality, scoring
+from .candidates import Candidate, beside, load_variants, timed_call
+from .task import Task, read_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +23,6 @@ class Timing:
     """Padded tokens of a row, at most what every model takes. Sentences and short paragraphs."""
     runs: int = 20
     warmup: int = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One model that is scored and timed."""
-
-    subject: str
-    variant: str
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    provider: str
-    folder: Path | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.subject} {self.variant}"
 
 
 def evaluate_folder(
@@ -84,25 +60,24 @@ def evaluate_folder(
 
     Raises:
         ForeignFileError: if none of the variants is there, or a file is malformed.
-        MismatchError: if teacher, baseline and student do not have the same classes in the same order, or are no
-            single-label classifiers, or weights are missing.
+        MismatchError: if teacher, baseline and student do not have the same classes in the same order, or do not fit
+            the task, or weights are missing.
     """
     folder = Path(folder)
     task = task if isinstance(task, Task) else read_task(task)
     if variants is None:
         variants = ("torch", *sorted(path.parent.name for path in folder.glob("onnx*/model.onnx")))
+    auto = scoring.AUTO[task.task]
     with latency.torch_threads(threads):
-        beside = {"teacher": teacher, "alone": alone, **(others or {})}
+        subjects = {"teacher": teacher, "alone": alone, **(others or {})}
         candidates = [
             candidate
-            for subject, source in beside.items()
+            for subject, source in subjects.items()
             if source is not None
-            for candidate in _beside(subject, source, variants, device, threads)
+            for candidate in beside(subject, source, variants, device, threads, auto)
         ]
-        candidates += load_variants("student", folder, variants, device, threads)
-        check_classes(candidates)
-        rows = load_examples(task, candidates[-1].model.config.label2id)
-        found = [*_scores(candidates, rows, task, seed, progress), *_sizes(candidates)]
+        candidates += load_variants("student", folder, variants, device, threads, auto)
+        found = [*_scores(candidates, task, seed, progress), *_sizes(candidates)]
         found += _latencies(candidates, timing or Timing(), threads, seed, progress)
     facts.append(folder, *found)
     if any((one.subject, one.variant) == ("student", "torch") for one in candidates):
@@ -110,132 +85,25 @@ def evaluate_folder(
     return tuple(found)
 
 
+def _scores(candidates: Sequence[Candidate], task: Task, seed: int, progress: bool) -> list[facts.Measurement]:
+    scorer = scoring.scorer(task.task, candidates[-1].model.config)
+    scorer.check(candidates)
+    rows = scorer.load(task, candidates[-1].model.config)
+    student = candidates[-1]
+    said = {one.name: scorer.predict(one, rows, task, progress=progress) for one in candidates}
+    teacher, alone = said.get("teacher torch"), said.get("alone torch")
+    found: list[facts.Measurement] = []
+    for one in candidates:
+        beside = {} if one.subject == "teacher" else {"teacher": teacher}
+        beside |= {} if one.subject in ("teacher", "alone") else {"alone": alone}
+        found += scorer.measure(one, said[one.name], rows, task, student=student, seed=seed, **beside)
+    return found
+
+
 def _weights(folder: Path) -> list[Path]:
     """The files of the torch weights, whose hashes tell later that these were measured; not links out of the folder."""
     root = folder.resolve()
     return [path for path in sorted(folder.glob("model*.safetensors")) if path.resolve().is_relative_to(root)]
-
-
-def torch_candidate(subject: str, source: str | Path, device: str) -> Candidate:
-    """The torch classifier of a folder or hub id."""
-    with foreign.loading(source, f"as {subject}", "Evaluate a trained classifier."):
-        config = foreign.config(source)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, output_loading_info=True, **foreign.SAFE
-        )
-    if loading["missing_keys"]:
-        raise MismatchError(
-            f"{subject}: the weights lack {', '.join(sorted(loading['missing_keys'])[:3])}, which would be random. "
-            "Evaluate a trained classifier."
-        )
-    tokenizer = foreign.tokenizer(source)
-    folder = Path(source) if Path(source).is_dir() else None
-    model = model.eval().to(device)
-    return Candidate(
-        subject=subject, variant="torch", model=model, tokenizer=tokenizer, provider=f"torch-{device}", folder=folder
-    )
-
-
-def _beside(subject: str, source: str | Path, variants: Sequence[str], device: str, threads: int) -> list[Candidate]:
-    """Another subject: what its folder holds of the variants, or the torch model of a hub id."""
-    if not Path(source).is_dir():
-        return [torch_candidate(subject, source, device)]
-    return load_variants(subject, Path(source), variants, device, threads)
-
-
-def load_variants(subject: str, folder: Path, variants: Sequence[str], device: str, threads: int) -> list[Candidate]:
-    """The models of a folder, those of the variants that it holds; ForeignFileError if it holds none of them."""
-    found = []
-    for variant in variants:
-        marker = folder / "config.json" if variant == "torch" else folder / variant / "model.onnx"
-        if not marker.is_file():
-            if subject == "student":  # of the others an export is welcome, not expected
-                logger.info("%s holds no %s variant (%s): skipped.", folder.name, variant, marker.relative_to(folder))
-        elif variant == "torch":
-            found.append(torch_candidate(subject, folder, device))
-        else:
-            from hf_compress.onnx.loading import check_hashes
-
-            check_hashes(folder / variant)
-            found.append(onnx_candidate(subject, folder, variant, device, threads))
-    if not found:
-        raise ForeignFileError(folder, f"holds none of {', '.join(variants)}.", "Save or export the model first.")
-    return found
-
-
-def onnx_candidate(subject: str, folder: Path, variant: str, device: str, threads: int) -> Candidate:
-    """An exported variant of a folder, whose bytes are not compared with its record."""
-    from hf_compress.onnx.loading import open_folder
-
-    model = open_folder(folder / variant, provider=device, threads=threads)
-    model.name_or_path = variant
-    if model.config is None:
-        raise ForeignFileError(folder / variant, "holds no config.json.", "Export the student again.")
-    tokenizer = foreign.tokenizer(folder / variant)
-    return Candidate(
-        subject=subject, variant=variant, model=model, tokenizer=tokenizer, provider=model.provider, folder=folder
-    )
-
-
-def check_classes(candidates: Sequence[Candidate]) -> None:
-    """Refuses models that are no single-label classifiers of the same classes in the same order as the last one's."""
-    config = candidates[-1].model.config
-    student = config.id2label
-    if len(student) < 2 or config.problem_type in ("regression", "multi_label_classification"):
-        raise MismatchError(
-            f"the student has {len(student)} classes and problem_type {config.problem_type!r}: accuracy and loyalty "
-            "need one class of at least two a row. Score regression and multi-label models with metrics of your own."
-        )
-    for candidate in candidates[:-1]:
-        if (other := candidate.model.config.id2label) != student:
-            raise MismatchError(
-                f"{candidate.name} has the classes {other}, the student {student}. Agreement needs the same classes in "
-                "the same order: set id2label and label2id of both configs alike."
-            )
-
-
-def _scores(
-    candidates: Sequence[Candidate], rows: Examples, task: Task, seed: int, progress: bool
-) -> list[facts.Measurement]:
-    logits = {}
-    for one in candidates:
-        logits[one.name] = quality.predict(
-            one.model,
-            one.tokenizer,
-            rows.texts,
-            batch_size=task.batch_size,
-            max_length=task.max_length,
-            progress=progress,
-        )
-    student = candidates[-1]
-    classes = [name for _, name in sorted(student.model.config.id2label.items())]
-    tokens = None
-    if task.slices:  # of the student's tokens for all, so that a slice is the same rows of every subject
-        tokens = quality.token_counts(student.model, student.tokenizer, rows.texts, max_length=task.max_length)
-    teacher, alone = logits.get("teacher torch"), logits.get("alone torch")
-    found: list[facts.Measurement] = []
-    for one in candidates:
-        own = logits[one.name]
-        target = None if one.subject == "teacher" else teacher
-        found += quality.measure_classification(
-            one.subject, one.variant, own, rows.labels, rows.data, target, seed=seed, metrics=task.metrics
-        )
-        if tokens is not None and rows.labels is not None:
-            found += quality.measure_slices(
-                one.subject, one.variant, own, rows.labels, rows.data, classes=classes, tokens=tokens, seed=seed
-            )
-        if one.subject not in ("teacher", "alone") and rows.labels is not None:
-            found += quality.measure_derived(
-                one.subject,
-                one.variant,
-                own,
-                rows.labels,
-                rows.data,
-                teacher_logits=teacher,
-                alone_logits=alone,
-                seed=seed,
-            )
-    return found
 
 
 def _sizes(candidates: Sequence[Candidate]) -> list[facts.Measurement]:
@@ -270,20 +138,3 @@ def _latencies(
         )
         for one in candidates:
             yield from taken[one.name].measurements(one.subject, one.variant, provider=one.provider)
-
-
-def timed_call(one: Candidate, batch: int, length: int, seed: int) -> latency.Call:
-    """A forward pass on random ids without padding, made beforehand on the model's device."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, one.model.config.vocab_size, (batch, length), generator=generator)
-    every = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "token_type_ids": torch.zeros_like(ids),
-    }
-    inputs = {
-        name: value.to(one.model.device)
-        for name, value in every.items()
-        if name in one.tokenizer.model_input_names and quality.takes(one.model, name)
-    }
-    return lambda: one.model(**inputs)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import DegenerateDataWarning, binomtest, bootstrap
+from scipy.stats import DegenerateDataWarning, binomtest, bootstrap, rankdata
 
 from hf_compress.errors import MismatchError
 
@@ -44,6 +44,57 @@ class Estimate:
     value: float | None
     interval: tuple[float, float] | None
     note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistic:
+    """A figure of some rows that can be resampled: columns of one value a row, and what is computed of them."""
+
+    columns: tuple[Floats, ...]
+    of: Callable[..., Any]
+    """`of(*columns, axis=-1)`: over that axis; NaN where the figure is undefined."""
+
+
+def average(rows: ArrayLike) -> Statistic:
+    """Mean of (row,) values, e.g. accuracy."""
+    return Statistic(columns=_columns(rows), of=np.mean)
+
+
+def share(parts: ArrayLike, wholes: ArrayLike) -> Statistic:
+    """Sum of (row,) parts over the sum of (row,) wholes, e.g. 2·hits over predicted + true entities: micro-F1."""
+
+    def statistic(parts: Floats, wholes: Floats, axis: int = -1) -> Floats:
+        above, below = parts.sum(axis), wholes.sum(axis)
+        return np.where(below > 0, above / np.where(below > 0, below, 1.0), np.nan)
+
+    return Statistic(columns=_columns(parts, wholes), of=statistic)
+
+
+def pearson(one: ArrayLike, other: ArrayLike) -> Statistic:
+    """Pearson's correlation of (row,) values; undefined where either is constant."""
+
+    def statistic(x: Floats, y: Floats, axis: int = -1) -> Floats:
+        varied = (x.max(axis) > x.min(axis)) & (y.max(axis) > y.min(axis))
+        x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
+        spread = np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
+        return np.where(varied, (x * y).sum(axis) / np.where(varied, spread, 1.0), np.nan)
+
+    return Statistic(columns=_columns(one, other), of=statistic)
+
+
+def spearman(one: ArrayLike, other: ArrayLike) -> Statistic:
+    """Spearman's correlation of (row,) values, equal ones sharing their mean rank; undefined as `pearson`."""
+    linear = pearson(one, other)
+
+    def statistic(x: Floats, y: Floats, axis: int = -1) -> Floats:
+        return np.asarray(linear.of(rankdata(x, axis=axis), rankdata(y, axis=axis), axis=axis))
+
+    return Statistic(columns=linear.columns, of=statistic)
+
+
+def estimate(figure: Statistic, *, seed: int = 0) -> Estimate:
+    """The figure with its interval."""
+    return _estimate(figure.of, *figure.columns, seed=seed, undefined="it is not defined on these rows")
 
 
 def mean(rows: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -113,14 +164,13 @@ def calibration_error(confidence: ArrayLike, correct: ArrayLike, *, seed: int = 
     return Estimate(value=found.value, interval=reflected, note="basic bootstrap")
 
 
-def gain(student: ArrayLike, alone: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Student minus baseline, from (row,) scores of the same rows; an interval above 0 says that the student wins."""
-    s, a = _columns(student, alone)
+def gain(student: ArrayLike | Statistic, alone: ArrayLike | Statistic, *, seed: int = 0) -> Estimate:
+    """Student minus baseline, of the same rows; an interval above 0 says that the student wins.
 
-    def difference(s: Floats, a: Floats, axis: int = -1) -> Floats:
-        return np.asarray(s.mean(axis) - a.mean(axis))
-
-    return _estimate(difference, s, a, seed=seed)
+    Args:
+        student, alone: (row,) scores, whose means are compared, or figures.
+    """
+    return _combined(lambda s, a: s - a, student, alone, seed=seed, undefined="one of the two is not defined")
 
 
 def mcnemar(student: ArrayLike, alone: ArrayLike) -> float:
@@ -134,43 +184,58 @@ def mcnemar(student: ArrayLike, alone: ArrayLike) -> float:
     return 1.0 if wins + losses == 0 else float(binomtest(wins, wins + losses).pvalue)
 
 
-def retention(student: ArrayLike, teacher: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Student's mean score over the teacher's, from (row,) scores of the same rows; 1 is all of it."""
-    s, t = _columns(student, teacher)
-    return _quotient(lambda s, t: (s, t), s, t, seed=seed, denominator="the teacher's score")
+def retention(student: ArrayLike | Statistic, teacher: ArrayLike | Statistic, *, seed: int = 0) -> Estimate:
+    """Student's score over the teacher's, of the same rows; 1 is all of it. Arguments as `gain`."""
+    return _combined(_quotient, student, teacher, seed=seed, undefined="the teacher's score is not above 0")
 
 
-def gap_closed(student: ArrayLike, teacher: ArrayLike, alone: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Share of the teacher's lead over the baseline that the student has made up, from (row,) scores.
+def gap_closed(
+    student: ArrayLike | Statistic, teacher: ArrayLike | Statistic, alone: ArrayLike | Statistic, *, seed: int = 0
+) -> Estimate:
+    """Share of the teacher's lead over the baseline that the student has made up; arguments as `gain`.
 
     Returns:
         1 at the teacher's level, 0 at the baseline's; may be negative or above 1. No value if the teacher does not
         lead; a value without an interval if its lead could be chance.
     """
-    s, t, a = _columns(student, teacher, alone)
-    return _quotient(
-        lambda s, t, a: (s - a, t - a), s, t, a, seed=seed, denominator="the teacher's lead over the baseline"
+    return _combined(
+        lambda s, t, a: _quotient(s - a, t - a),
+        *(student, teacher, alone),
+        seed=seed,
+        undefined="the teacher's lead over the baseline is not above 0",
     )
 
 
-def _quotient(parts: Callable[..., tuple[Floats, Floats]], *columns: Floats, seed: int, denominator: str) -> Estimate:
-    """Quotient of two combinations of the columns' means; undefined where the denominator is 0 or below."""
+def _quotient(above: Floats, below: Floats) -> Floats:
+    """Undefined where the denominator is 0 or below: differences of means of equal rows are 0 up to rounding."""
+    defined = below > 1e-12
+    return np.where(defined, above / np.where(defined, below, 1.0), np.nan)
+
+
+def _combined(combine: Callable[..., Floats], *scores: ArrayLike | Statistic, seed: int, undefined: str) -> Estimate:
+    """What is computed of several models' figures, whose rows are resampled together."""
+    figures = [score if isinstance(score, Statistic) else average(score) for score in scores]
+    ends = np.cumsum([len(figure.columns) for figure in figures])[:-1]
 
     def statistic(*columns: Floats, axis: int = -1) -> Floats:
-        above, below = parts(*(column.mean(axis) for column in columns))
-        defined = below > 1e-12  # differences of means of equal rows are 0 up to rounding
-        return np.where(defined, above / np.where(defined, below, 1.0), np.nan)
+        parts = np.split(np.arange(len(columns)), ends)
+        values = [
+            np.asarray(figure.of(*(columns[i] for i in part), axis=axis))
+            for figure, part in zip(figures, parts, strict=True)
+        ]
+        return np.asarray(combine(*values))
 
-    return _estimate(statistic, *columns, seed=seed, denominator=denominator)
+    columns = _columns(*(column for figure in figures for column in figure.columns))
+    return _estimate(statistic, *columns, seed=seed, undefined=undefined)
 
 
 def _estimate(
-    statistic: Callable[..., Any], *columns: Floats, seed: int, denominator: str = "the denominator"
+    statistic: Callable[..., Any], *columns: Floats, seed: int, undefined: str = "it is not defined"
 ) -> Estimate:
     """The statistic of the columns and its interval; the statistic is NaN where it is undefined."""
     value = float(statistic(*columns, axis=-1))
     if np.isnan(value):
-        return Estimate(value=None, interval=None, note=f"{denominator} is not above 0")
+        return Estimate(value=None, interval=None, note=undefined)
     if len(columns[0]) == 1:
         return Estimate(value=value, interval=None, note="one row says nothing of its spread")
     with warnings.catch_warnings():
@@ -186,9 +251,8 @@ def _estimate(
             method="percentile",
             random_state=np.random.default_rng(seed),
         ).bootstrap_distribution
-    undefined = float(np.isnan(drawn).mean())
-    if undefined > UNDEFINED:
-        note = f"{denominator} is not above 0 in {undefined:.0%} of the resamples"
+    if (lost := float(np.isnan(drawn).mean())) > UNDEFINED:
+        note = f"{undefined} in {lost:.0%} of the resamples"
         return Estimate(value=value, interval=None, note=note)
     low, high = np.nanquantile(drawn, (0.025, 0.975))
     if low == high:

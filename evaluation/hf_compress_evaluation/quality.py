@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,50 +112,92 @@ def predict(
         NumericalError: if a logit is NaN or infinite (likewise).
         MismatchError: if the logits are not (batch, class).
     """
+    check_texts(texts)
+    rows = encoded(model, tokenizer, texts, max_length)
+    parts = outputs(model, tokenizer, rows, lambda output, _: output.logits, batch_size=batch_size, progress=progress)
+    if parts[0].ndim != 1:
+        raise MismatchError(
+            f"predict: logits of shape {parts[0].shape} for a row, expected (class,). Use a classifier."
+        )
+    return np.stack(parts)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises ConfigurationError if there is no text, or one is no string (the message names its row)."""
     if not len(texts):
         raise ConfigurationError("predict: no texts. Check the data set and its row limit.")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise ConfigurationError(f"predict: row {row} is {text!r}, not a text. Fill it in or drop the row.")
-    encoded = _encoded(model, tokenizer, texts, max_length)
-    foreign.check_ids(encoded["input_ids"], model, tokenizer)
-    lengths = [len(ids) for ids in encoded["input_ids"]]
+
+
+def outputs(
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: BatchEncoding,
+    read: Callable[[Any, Mapping[str, Tensor]], Tensor],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[NDArray[np.float32]]:
+    """What is read of the model's output for each row, in the order of the rows.
+
+    Rows of like length share a batch, so little is padded. The model computes in eval mode without gradients; the
+    mode of each of its modules returns afterwards.
+
+    Args:
+        model: torch or exported.
+        tokenizer: the model's own.
+        texts: (row, time) lists of ids and masks, unpadded.
+        read: from the output and the padded inputs, (batch, time), to a tensor whose first axis is the row. Where the
+            second is time, its padding is cut off.
+        batch_size: rows of one forward.
+        progress: show a bar.
+
+    Raises:
+        NumericalError: if a value is NaN or infinite (the message names its row).
+    """
+    foreign.check_ids(texts["input_ids"], model, tokenizer)
+    lengths = [len(ids) for ids in texts["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # longest first: memory peaks at once
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    names = [name for name in tokenizer.model_input_names if name in encoded and takes(model, name)]
-
-    parts: list[Tensor] = []
+    names = [name for name in tokenizer.model_input_names if name in texts and takes(model, name)]
+    found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(lengths)
     with evaluating(model), torch.inference_mode():
         shown = Console(stderr=True)
         for rows in track(batches, description="  predict", disable=not progress, transient=True, console=shown):
-            padded = tokenizer.pad({name: [encoded[name][row] for row in rows] for name in names}, return_tensors="pt")
-            output = model(**{name: padded[name].to(model.device) for name in names})
-            parts.append(output.logits.float().cpu())
-    stacked = torch.cat(parts).numpy()
-    if stacked.ndim != 2:
-        raise MismatchError(f"predict: logits of shape {stacked.shape}, expected (row, class). Use a classifier.")
-    logits = np.empty_like(stacked)
-    logits[order] = stacked
-    if not np.isfinite(logits).all():
-        row = int((~np.isfinite(logits)).any(-1).argmax())
-        raise NumericalError(f"predict: the logits of row {row} are {logits[row][:8]}. Look for NaN weights.")
-    return logits
+            padded = tokenizer.pad({name: [texts[name][row] for row in rows] for name in names}, return_tensors="pt")
+            inputs = {name: padded[name].to(model.device) for name in names}
+            values = read(model(**inputs), inputs).float().cpu().numpy()
+            by_time = values.ndim > 2
+            for row, value in zip(rows, values, strict=True):
+                own = slice(-lengths[row], None) if tokenizer.padding_side == "left" else slice(lengths[row])
+                found[row] = value[own].copy() if by_time else value
+    for row, value in enumerate(found):
+        if not np.isfinite(value).all():
+            raise NumericalError(f"predict: the outputs of row {row} are {value.ravel()[:8]}. Look for NaN weights.")
+    return found
 
 
 def token_counts(
     model: Classifier, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int | None = None
 ) -> NDArray[np.int64]:
     """(row,) tokens that `predict` gives the model of each text, special ones included, longer texts cut."""
-    encoded = _encoded(model, tokenizer, texts, max_length)
-    return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
+    rows = encoded(model, tokenizer, texts, max_length)
+    return np.array([len(ids) for ids in rows["input_ids"]], np.int64)
 
 
-def _encoded(
-    model: Classifier, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None
+def encoded(
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Any],
+    max_length: int | None,
+    **settings: Any,
 ) -> BatchEncoding:
+    """Ids and masks of the texts, longer ones cut; settings of the tokenizer, e.g. `is_split_into_words`."""
     taken = longest(model, tokenizer)
     with foreign.encoding(tokenizer):
-        return tokenizer(list(texts), truncation=True, max_length=min(max_length or taken, taken))
+        return tokenizer(list(texts), truncation=True, max_length=min(max_length or taken, taken), **settings)
 
 
 def takes(model: Classifier, name: str) -> bool:
@@ -308,34 +351,57 @@ def _recordable(name: str, other: str) -> str:
 def measure_derived(
     subject: str,
     variant: str,
-    logits: Logits,
-    labels: Labels,
+    own: intervals.Statistic,
     data: Data,
     *,
-    teacher_logits: Logits | None = None,
-    alone_logits: Logits | None = None,
+    metric: str,
+    unit: str = "fraction",
+    teacher: intervals.Statistic | None = None,
+    alone: intervals.Statistic | None = None,
     seed: int = 0,
+    how: Mapping[str, Setting] = MappingProxyType({}),
 ) -> tuple[Measurement, ...]:
-    """Accuracy beside the teacher's and the baseline's on the same rows: `retention`, `gap_closed`, `gain`.
+    """A score beside the teacher's and the baseline's on the same rows: `retention`, `gap_closed`, `gain`.
 
-    Arguments as `measure_classification`; `alone_logits` (row, class) are of the baseline: the student's start,
-    trained on the labels without a teacher. What has no value (the teacher does not lead) is left out and logged.
+    Args:
+        subject, variant, data, seed: as `measure_classification`.
+        own, teacher, alone: the score as a figure of each; alone is the baseline: the student's start, trained on the
+            labels without a teacher. What has no value (the teacher does not lead) is left out and logged.
+        metric, unit: of the score.
+        how: further conditions of the gain.
+
+    Returns:
+        nothing for the subjects teacher and alone, which are what others are compared with.
     """
-    student = right(logits, labels)
-    teacher = None if teacher_logits is None else right(teacher_logits, labels)
-    alone = None if alone_logits is None else right(alone_logits, labels)
+    if subject in ("teacher", "alone"):
+        return ()
     fact = partial(_fact, subject, variant, data, seed)
     found: list[Measurement | None] = []
     if teacher is not None:
-        kept = intervals.retention(student, teacher, seed=seed)
-        found.append(fact("retention", kept, "ratio", metric="accuracy"))
+        found.append(fact("retention", intervals.retention(own, teacher, seed=seed), "ratio", metric=metric))
     if teacher is not None and alone is not None:
-        closed = intervals.gap_closed(student, teacher, alone, seed=seed)
-        found.append(fact("gap_closed", closed, "ratio", metric="accuracy"))
+        closed = intervals.gap_closed(own, teacher, alone, seed=seed)
+        found.append(fact("gap_closed", closed, "ratio", metric=metric))
     if alone is not None:
-        won = intervals.gain(student, alone, seed=seed)
-        found.append(fact("gain", won, "fraction", metric="accuracy", mcnemar_p=intervals.mcnemar(student, alone)))
+        found.append(fact("gain", intervals.gain(own, alone, seed=seed), unit, metric=metric, **how))
     return tuple(one for one in found if one)
+
+
+def measure_figure(
+    subject: str,
+    variant: str,
+    name: str,
+    figure: intervals.Statistic,
+    data: Data,
+    *,
+    unit: str = "fraction",
+    seed: int = 0,
+    **how: Setting,
+) -> tuple[Measurement, ...]:
+    """One figure with its 95 % interval as a fact; nothing, with a log line, where it is undefined."""
+    estimate = intervals.estimate(figure, seed=seed)
+    found = _fact(subject, variant, data, seed, name, estimate, unit, **how)
+    return () if found is None else (found,)
 
 
 def measure_size(subject: str, variant: str, folder: Path) -> tuple[Measurement, ...]:

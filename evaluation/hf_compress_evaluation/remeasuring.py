@@ -2,7 +2,7 @@
 
 | measurement | holds if the value found is |
 |---|---|
-| accuracy, macro-F1, loyalty, retention | the recorded one up to 1e-6, or within its 95 % interval |
+| scores, loyalty, retention | the recorded one up to 1e-6, or within its 95 % interval |
 | bytes, parameters | the recorded one |
 | median latency | at most `1 + tolerance` times the recorded one, and at least the recorded one over that |
 
@@ -18,21 +18,20 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from hf_compress import facts, files
+from hf_compress import facts, foreign
 from hf_compress.errors import HfCompressError, MismatchError
 from hf_compress.facts import Data, Measurement
 from hf_compress.verifying import Finding, State
 
-from . import latency, quality
-from .examples import Examples
-from .folder import Candidate, check_classes, onnx_candidate, timed_call, torch_candidate
-from .task import Task, load_examples, read_task
+from . import latency, quality, scoring
+from .candidates import Candidate, onnx_candidate, timed_call, torch_candidate
+from .scoring import Scorer
+from .task import Task, read_task
 
 EQUAL = 1e-6
 """How far two scores of the same decisions may be apart: they are quotients of whole numbers, rounded once."""
-LOYALTY = ("label_loyalty", "probability_loyalty")
-SCORES = (*quality.QUALITY, *LOYALTY, "retention")
 SIZES = ("bytes", "parameters")
 TIMED = "latency_median"
 MOST_ROWS, MOST_TOKENS = 4096, 2**17
@@ -81,36 +80,40 @@ def remeasure(
     """
     folder = Path(folder)
     task = task if isinstance(task, Task) else read_task(task)
-    newest = _newest(facts.load(folder))
-    rows = load_examples(task, files.read_json(folder / "config.json").get("label2id", {}))
-    _check_rows(newest, rows.data)
+    config = foreign.config(folder, use="to be measured")
+    scorer = scoring.scorer(task.task, config)
+    newest = _newest(facts.load(folder), scorer)
+    rows = scorer.load(task, config)
+    _check_rows(newest, rows.data, scorer)
     threads = next((n for m in newest if m.metric == TIMED and isinstance(n := m.how.get("threads"), int)), 1)
     with latency.torch_threads(threads):
-        opened = _open(folder, newest, teacher, device, threads)
-        scored, unscored = _scores(opened.candidates, rows, task, progress)
+        opened = _open(folder, newest, teacher, device, threads, scoring.AUTO[task.task])
+        if opened.candidates:
+            scorer.check(opened.candidates)
+        scored, unscored = _scores(opened.candidates, scorer, rows, task, progress)
         found = {**scored, **_sizes(opened.candidates)}
         timed = _times(opened.candidates, newest, threads, progress)
     lacking = {**opened.lacking, **unscored}
     return tuple(
-        _judge(m, found, timed.get(place), lacking, rows.data, teacher is not None, tolerance_latency)
+        _judge(m, found, timed.get(place), lacking, rows.data, scorer, teacher is not None, tolerance_latency)
         for place, m in enumerate(newest)
     )
 
 
-def _newest(record: facts.Record) -> list[Measurement]:
+def _newest(record: facts.Record, scorer: Scorer) -> list[Measurement]:
     """The last measurement of each kind: of subject, variant, metric, rows, and of a latency's conditions."""
     found: dict[object, Measurement] = {}
     for m in record.measurements:
-        scored = m.data.fingerprint if m.data is not None and m.metric in SCORES else None
+        scored = m.data.fingerprint if m.data is not None and m.metric in scorer.scores else None
         conditions = [str(m.how.get(name)) for name in ("batch", "length", "threads", "provider")]
         timed = tuple(conditions) if m.metric.startswith("latency_") else None
         found[m.subject, m.variant, m.metric, scored, timed] = m
     return list(found.values())
 
 
-def _check_rows(newest: Sequence[Measurement], data: Data) -> None:
+def _check_rows(newest: Sequence[Measurement], data: Data, scorer: Scorer) -> None:
     """Refuses rows on which nothing of the record was measured."""
-    known = {m.data.fingerprint: m.data for m in newest if m.data is not None and m.metric in SCORES}
+    known = {m.data.fingerprint: m.data for m in newest if m.data is not None and m.metric in scorer.scores}
     if known and data.fingerprint not in known:
         said = " and ".join(f"{each.name!r} ({each.rows} rows, {key})" for key, each in known.items())
         raise MismatchError(
@@ -121,7 +124,7 @@ def _check_rows(newest: Sequence[Measurement], data: Data) -> None:
 
 
 def _open(
-    folder: Path, newest: Sequence[Measurement], teacher: str | Path | None, device: str, threads: int
+    folder: Path, newest: Sequence[Measurement], teacher: str | Path | None, device: str, threads: int, auto: Any
 ) -> _Opened:
     found: list[Candidate] = []
     lacking: dict[tuple[str, str], Finding] = {}
@@ -133,7 +136,7 @@ def _open(
             lacking[subject, variant] = _finding(state="not checked", note=why)
         elif variant == "torch":
             try:
-                found.append(torch_candidate(subject, source, device))
+                found.append(torch_candidate(subject, source, device, auto))
             except HfCompressError as error:
                 if subject == "teacher":
                     raise
@@ -146,8 +149,6 @@ def _open(
                 found.append(onnx_candidate(subject, Path(source), variant, device, threads))
             except HfCompressError as error:
                 lacking[subject, variant] = _finding(state="fails", note=f"cannot be measured: {error}")
-    if found:
-        check_classes(found)
     return _Opened(candidates=tuple(found), lacking=lacking)
 
 
@@ -156,31 +157,24 @@ def _finding(*, state: State, note: str) -> Finding:
 
 
 def _scores(
-    candidates: Sequence[Candidate], rows: Examples, task: Task, progress: bool
+    candidates: Sequence[Candidate], scorer: Scorer, rows: Any, task: Task, progress: bool
 ) -> tuple[dict[tuple[str, str, str], float], dict[tuple[str, str], Finding]]:
     """Scores by subject, variant and metric; and the models that give none, such as those with NaN weights."""
-    logits: dict[tuple[str, str], quality.Logits] = {}
+    said: dict[tuple[str, str], Any] = {}
     lacking: dict[tuple[str, str], Finding] = {}
     for one in candidates:
         try:
-            logits[one.subject, one.variant] = quality.predict(
-                one.model,
-                one.tokenizer,
-                rows.texts,
-                batch_size=task.batch_size,
-                max_length=task.max_length,
-                progress=progress,
-            )
+            said[one.subject, one.variant] = scorer.predict(one, rows, task, progress=progress)
         except HfCompressError as error:
             lacking[one.subject, one.variant] = _finding(state="fails", note=f"cannot be measured: {error}")
-    teacher = logits.get(("teacher", "torch"))
+    teacher = said.get(("teacher", "torch"))
     found: dict[tuple[str, str, str], float] = {}
-    for (subject, variant), own in logits.items():
-        target = None if subject == "teacher" else teacher
-        taken = quality.measure_classification(subject, variant, own, rows.labels, rows.data, target)
-        if rows.labels is not None and target is not None:
-            taken += quality.measure_derived(subject, variant, own, rows.labels, rows.data, teacher_logits=target)
-        found |= {(subject, variant, m.metric): m.value for m in taken}
+    every = task.model_copy(update={"metrics": scorer.metrics, "slices": False})
+    for one in candidates:
+        if (own := said.get((one.subject, one.variant))) is not None:
+            beside = None if one.subject == "teacher" else teacher
+            for m in scorer.measure(one, own, rows, every, teacher=beside):
+                found[one.subject, one.variant, m.metric] = m.value
     return found, lacking
 
 
@@ -233,6 +227,7 @@ def _judge(
     timed: float | str | None,
     lacking: Mapping[tuple[str, str], Finding],
     data: Data,
+    scorer: Scorer,
     taught: bool,
     tolerance: float,
 ) -> Finding:
@@ -241,11 +236,11 @@ def _judge(
     known = Finding(kind="measurement", what=said, state="not checked", recorded=m.value, unit=m.unit)
     if m.metric in _REASONS:
         return replace(known, note=_REASONS[m.metric])
-    if m.metric not in (*SCORES, *SIZES, TIMED):
+    if m.metric not in (*scorer.scores, *SIZES, TIMED):
         return replace(known, note="not a measurement that is taken here")
-    if m.metric in SCORES and (m.data is None or m.data.fingerprint != data.fingerprint):
+    if m.metric in scorer.scores and (m.data is None or m.data.fingerprint != data.fingerprint):
         return replace(known, note="measured on other rows")
-    if m.metric in (*LOYALTY, "retention") and not taught:
+    if m.metric in (*scorer.loyalty, "retention") and not taught:
         return replace(known, note="give --teacher")
     if (key := (m.subject, m.variant, m.metric)) in found:
         return _compared(known, m, found[key])

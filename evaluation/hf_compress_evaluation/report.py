@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from hf_compress.comparison import ClassShare, Comparison, Disagreement, Right, Share
+from hf_compress.errors import ConfigurationError
 
 from . import agreement, intervals, quality
-from .folder import Candidate, check_classes, load_variants, torch_candidate
-from .task import Task, load_examples, read_task
+from .candidates import Candidate, load_variants, torch_candidate
+from .scoring.classes import Classes
+from .task import Task, read_task
 
 EXAMPLES = 20
 """Rows that are shown."""
@@ -37,16 +39,15 @@ def compare(
         ForeignFileError, MismatchError: as `evaluate_folder`.
     """
     task = task if isinstance(task, Task) else read_task(task)
-    student, own = _student(Path(folder), device), torch_candidate("teacher", teacher, device)
-    check_classes([own, student])
-    rows = load_examples(task, student.model.config.label2id)
-    logits = {
-        one.subject: quality.predict(
-            one.model, one.tokenizer, rows.texts, batch_size=task.batch_size, max_length=task.max_length,
-            progress=progress,
+    if task.task != "text-classification":
+        raise ConfigurationError(
+            f"report: rows are compared class by class, and {task.task} has none. Leave --task out."
         )
-        for one in (own, student)
-    }  # fmt: skip
+    student, own = _student(Path(folder), device), torch_candidate("teacher", teacher, device)
+    scorer = Classes()
+    scorer.check([own, student])
+    rows = scorer.load(task, student.model.config)
+    logits = {one.subject: scorer.predict(one, rows, task, progress=progress) for one in (own, student)}
     names = [str(student.model.config.id2label[index]) for index in range(len(student.model.config.id2label))]
     chosen = {subject: each.argmax(-1) for subject, each in logits.items()}
     same = agreement.label_loyalty_rows(logits["student"], logits["teacher"])

@@ -16,8 +16,27 @@ from hf_compress.facts import Measurement, Record, Setting
 SUBJECTS = ("teacher", "alone", "student-labelled", "student")
 VARIANTS = ("torch", "onnx", "onnx_int8")
 BATCHES = (1, 32)
+SCORES = {
+    "accuracy": "accuracy",
+    "f1_macro": "macro-F1",
+    "seqeval_f1": "entity F1",
+    "spearmanr": "Spearman",
+    "pearsonr": "Pearson",
+    "label_loyalty": "label loyalty",
+    "probability_loyalty": "prob. loyalty",
+    "regression_loyalty": "regr. loyalty",
+    "rank_loyalty": "rank loyalty",
+    "teacher_cosine": "teacher cosine",
+}
+"""Columns of the table, those that were measured of any row."""
+LESS = ("f1_macro", "pearsonr", "probability_loyalty", "regression_loyalty")
+"""Left out of a narrow table."""
 FURTHER = {
     "f1_micro": "micro-F1",
+    "seqeval_precision": "entity precision",
+    "seqeval_recall": "entity recall",
+    "mean_squared_error": "mean squared error",
+    "score_difference": "mean difference from the teacher's score",
     "matthews_correlation": "Matthews correlation",
     "calibration_error": "calibration error",
     "kl": "KL from the teacher in nats",
@@ -28,9 +47,9 @@ MISSING = "—"
 NARROW = 110
 """Columns of a terminal below which the table leaves out its less important figures."""
 _SAID = {
-    "retention": "{} of the teacher's accuracy kept",
+    "retention": "{} of the teacher's {metric} kept",
     "gap_closed": "{} of the teacher's lead over alone made up",
-    "gain": "{} accuracy more than alone",
+    "gain": "{} {metric} more than alone",
 }
 _ALONE = "alone: the student's start, trained on the labels without the teacher; what distillation has to beat"
 
@@ -50,10 +69,10 @@ class Row:
 
     subject: str
     variant: str
-    accuracy: Value | None
-    f1_macro: Value | None
-    label_loyalty: Value | None
-    probability_loyalty: Value | None
+    scores: dict[str, Value]
+    """Those of `SCORES` that were measured."""
+    metric: str
+    """What the derived figures are of."""
     parameters: Value | None
     """Of the torch model where the variant has no count of its own: exporting does not change it."""
     bytes: Value | None
@@ -80,7 +99,7 @@ def table(record: Record, *, width: int = 150) -> Table:
     found, narrow = rows(record), width < NARROW
     below = _below(record, found)
     if narrow:
-        below.append(f"{NARROW} columns or --json show macro-F1, probability loyalty and 90th percentiles too")
+        below.append(f"{NARROW} columns or --json show further scores and 90th percentiles too")
     shown = Table(
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
@@ -91,24 +110,18 @@ def table(record: Record, *, width: int = 150) -> Table:
     )
     for name in ("model", "variant"):
         shown.add_column(name, no_wrap=True)
-    scores = ("accuracy", "label loyalty") if narrow else ("accuracy", "macro-F1", "label loyalty", "prob. loyalty")
-    for name in scores:
-        shown.add_column(name, justify="right", min_width=len("accuracy"))
+    scores = [name for name in SCORES if any(name in row.scores for row in found) and not (narrow and name in LESS)]
+    for name in scores or ["accuracy"]:
+        shown.add_column(SCORES[name], justify="right", min_width=len("accuracy"))
     for name in ("params", "size"):
         shown.add_column(name, justify="right", no_wrap=True)
     for batch in BATCHES:
         shown.add_column(f"b{batch} ms" if narrow else f"b{batch} ms\nmedian / p90", justify="right", no_wrap=True)
     for row in found:
-        values = {
-            "accuracy": row.accuracy,
-            "macro-F1": row.f1_macro,
-            "label loyalty": row.label_loyalty,
-            "prob. loyalty": row.probability_loyalty,
-        }
         shown.add_row(
             plain(row.subject),
             plain(row.variant),
-            *(_fraction(values[name]) for name in scores),
+            *(_fraction(row.scores.get(name)) for name in scores or ["accuracy"]),
             MISSING if row.parameters is None else f"{row.parameters.value / 1e6:,.2f} M",
             MISSING if row.bytes is None else f"{row.bytes.value / 1e6:,.1f} MB",
             *(_milliseconds(*row.latency[batch][: 1 if narrow else 2]) for batch in BATCHES),
@@ -134,16 +147,21 @@ def _row(record: Record, subject: str, variant: str) -> Row:
     return Row(
         subject=subject,
         variant=variant,
-        accuracy=value("accuracy"),
-        f1_macro=value("f1_macro"),
-        label_loyalty=value("label_loyalty"),
-        probability_loyalty=value("probability_loyalty"),
+        scores={name: found for name in SCORES if (found := value(name)) is not None},
+        metric=_metric(record, subject, variant),
         parameters=value("parameters") or value("parameters", of="torch"),
         bytes=value("bytes"),
         latency={batch: (value("latency_median", batch=batch), value("latency_p90", batch=batch)) for batch in BATCHES},
         derived={name: value(name) for name in DERIVED},
         further={name: found for name in FURTHER if (found := value(name)) is not None},
     )
+
+
+def _metric(record: Record, subject: str, variant: str) -> str:
+    """What the derived figures are of, in words."""
+    found = [record.find(name, subject, variant) for name in DERIVED]
+    named = next((one.how.get("metric") for one in found if one is not None), None) or "accuracy"
+    return SCORES.get(str(named), str(named))
 
 
 def _place(pair: tuple[str, str]) -> tuple[int, str, int, str]:
@@ -156,10 +174,14 @@ def _place(pair: tuple[str, str]) -> tuple[int, str, int, str]:
 
 def _below(record: Record, found: Sequence[Row]) -> list[str]:
     lines = [_ALONE] if any(row.subject == "alone" for row in found) else []
-    if any(row.label_loyalty is not None for row in found):
+    if any("label_loyalty" in row.scores for row in found):
         lines.append("loyalty: agreement with the teacher, right or wrong; of decisions, and of probabilities")
     for row in found:
-        said = [_SAID[name].format(_range(value)) for name, value in row.derived.items() if value is not None]
+        said = [
+            _SAID[name].format(_range(value), metric=row.metric)
+            for name, value in row.derived.items()
+            if value is not None
+        ]
         if row.variant == "torch" and said:  # the same model in another format: its row above says what differs
             lines.append(f"{row.subject}: {'; '.join(said)}")
     for row in found:
@@ -171,7 +193,7 @@ def _below(record: Record, found: Sequence[Row]) -> list[str]:
         same = "" if kept is None else f"; decides like float32 in {kept.value:.3f} of the rows"
         change = -lost.value or 0.0  # no minus before a zero
         lines.append(f"int8: accuracy {change:+.3f}{same}, on the rows that decided to keep it")
-    scored = {m.data.name: m.data.rows for m in record.measurements if m.metric == "accuracy" and m.data is not None}
+    scored = {m.data.name: m.data.rows for m in record.measurements if m.metric in SCORES and m.data is not None}
     lines += [f"scored on {name}, {count:,} rows; ± is half the 95 % interval" for name, count in scored.items()]
     return lines + _conditions([m for m in record.measurements if m.metric == "latency_median"])
 

@@ -33,8 +33,10 @@ from .classes import F1, Accuracy, F1Macro, F1Micro, MatthewsCorrelation, Pearso
 from .language import BitsPerByte, Perplexity
 from .rankings import Mrr, Ndcg
 from .segmentation import MeanIou
-from .spans import ExactMatch, Seqeval, Squad
+from .spans import ExactMatch, Seqeval, Squad, entities
 from .texts import Cer, Chrf, Rouge, Sacrebleu, Wer
+
+__all__ = ["METRICS", "entities", "load"]
 
 METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,

@@ -100,6 +100,16 @@ class Seqeval(Offline):
         }
 
 
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Type, first and last place of each entity in a sentence's tags, as conlleval finds them; needs seqeval.
+
+    >>> sorted(entities(["B-PER", "I-PER", "O", "I-ORG"]))
+    [('ORG', 3, 3), ('PER', 0, 1)]
+    """
+    labeling = needs("seqeval", "seqeval.metrics.sequence_labeling", "seqeval")
+    return {(str(kind), int(first), int(last)) for kind, first, last in labeling.get_entities(list(tags))}
+
+
 def _figures(one: Any) -> dict[str, float]:
     return {
         "precision": float(one["precision"]),
