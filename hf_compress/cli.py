@@ -242,11 +242,18 @@ def _show(folder: Path, as_json: bool) -> None:
 
 
 @app.command()
-def card(folder: Folder) -> None:
-    """Render README.md from what was measured."""
+def card(
+    folder: Folder,
+    licence: Annotated[str | None, typer.Option("--license", help="Of the model, e.g. apache-2.0; recorded.")] = None,
+) -> None:
+    """Render README.md from what was measured; what you have added outside of its generated parts stays."""
     from hf_compress_cards import card as cards
 
+    from . import licences
+
     _holds_a_model(folder)
+    if licence is not None:
+        licences.state(folder, licence)
     _tell(f"wrote {cards.write(folder).name}")
 
 
@@ -286,15 +293,23 @@ def push(
     private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.")] = None,
     pull_request: Annotated[bool, typer.Option("--pr", help="Propose the commit as a pull request.")] = False,
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    tag: Annotated[str | None, typer.Option(help="A name for the commit that stays, e.g. v1.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Of the model, where nothing says it.")] = None,
 ) -> None:
     """Push weights, ONNX, evidence and card in one commit."""
-    from . import hub
+    from . import hub, licences
 
     _holds_a_model(folder)
     name, endpoint = hub.repository_of(repository)
     _quiet()
+    if licence is None and sys.stdin.isatty() and licences.of(folder)[0] is None:
+        licence = typer.prompt(f"License of the model ({licences.of(folder)[1]})", default="other", err=True)
+    if licence is not None:
+        licences.state(folder, licence)
     _name_in_card(folder, name)
-    pushed = hub.push(folder, name, endpoint=endpoint, private=private, create_pr=pull_request, message=message)
+    pushed = hub.push(
+        folder, name, endpoint=endpoint, private=private, create_pr=pull_request, message=message, tag=tag
+    )
     _tell(pushed.describe())
 
 
@@ -315,11 +330,12 @@ def pull(
 
 
 def _name_in_card(folder: Path, repository: str) -> None:
-    """Writes a card with the repository's name where there is none, or one that was rendered without it."""
+    """Writes the card with the repository's name, unless the folder holds one that is all its maker's."""
     from hf_compress_cards import card as cards
+    from hf_compress_cards import editing
 
     path = folder / cards.FILE
-    if not path.exists() or path.read_text(encoding="utf-8") == cards.render(folder):
+    if not path.exists() or editing.is_generated(path.read_text(encoding="utf-8")):
         cards.write(folder, repo_id=repository)
 
 
@@ -351,6 +367,7 @@ def distill(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same student.")] = 0,
     push: Annotated[str | None, typer.Option(help="Repository or its URL; without it the commit is a folder.")] = None,
     private: Annotated[bool | None, typer.Option(help="Visibility of a new repository.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Of the student, where nothing says it.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """A smaller student of a fine-tuned teacher, exported, measured, with its card: a recipe without YAML."""
@@ -369,6 +386,7 @@ def distill(
         "seed": seed,
         "push": push,
         "private": private,
+        "licence": licence,
     }
     _ship(validated(Recipe, values, "the options"), as_json)
 

@@ -64,6 +64,7 @@ class Model(_Part):
 
     name: Text | None = Field(default=None, description="hub id; None for a local folder or an object in memory")
     revision: Text | None = None
+    licence: Text | None = Field(default=None, description="as its card names it")
     architecture: Text
     parameters: int | None = Field(default=None, ge=0, description="None: not known, as behind a server")
     layers: int | None = None
@@ -149,6 +150,7 @@ class Record(_Part):
     training: Training | None = None
     measurements: tuple[Measurement, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    licence: Text | None = Field(default=None, description="of the model, as its maker said")
 
     def find(self, metric: str, subject: str = "student", variant: str = "torch", **how: Setting) -> Measurement | None:
         """The newest measurement of that metric whose conditions include `how`, or None."""

@@ -166,6 +166,11 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
+def read_text(path: Path) -> str:
+    """A text from a file of unknown origin: UTF-8, bounded in size."""
+    return _read_text(path, MAX_TEXT_BYTES)
+
+
 def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     """A JSON object from a file of unknown origin: bounded in size and depth, no duplicate keys, finite numbers.
 
@@ -191,7 +196,11 @@ def parse_json(path: Path, text: str | bytes, *, finite: bool = True) -> dict[st
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file of unknown origin: as `read_json`, no tags, no aliases (they expand without bound)."""
-    text = _read_text(path, MAX_YAML_BYTES)
+    return parse_yaml(path, _read_text(path, MAX_YAML_BYTES))
+
+
+def parse_yaml(path: Path, text: str) -> dict[str, Any]:
+    """The YAML mapping that was read from a file, or from the head of one; as `read_yaml`."""
     try:
         _check_events(path, text)
         value = yaml.load(text, Loader=_UniqueLoader)

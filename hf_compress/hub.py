@@ -30,7 +30,7 @@ from huggingface_hub.utils import get_session, parse_ratelimit_headers, validate
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from . import facts, files
+from . import facts, files, licences
 from .errors import ConfigurationError, ForeignFileError, HubError
 from .outgoing import ALLOWED, MANAGED, Outgoing, collect, strip
 from .outgoing import check as _check
@@ -190,6 +190,7 @@ def push(
     revision: str = "main",
     create_pr: bool = False,
     message: str | None = None,
+    tag: str | None = None,
 ) -> Pushed:
     """Makes the hub hold a model folder, in one commit. The folder is only read.
 
@@ -204,16 +205,21 @@ def push(
         revision: an existing branch.
         create_pr: propose the commit as a pull request to `main`; the one way to push to somebody else's repository.
         message: title of the commit.
+        tag: a name for the commit that stays, e.g. v1.
 
     Raises:
-        HubError: if the push did not happen or cannot be shown to have happened; says what the hub holds.
+        HubError: if its card names no licence; if the push did not happen or cannot be shown to have happened; says
+            what the hub holds.
     """
     if create_pr and revision != "main":
         raise HubError(f"A pull request goes to main, not to {revision!r}. Leave revision out. Nothing was sent.")
+    if create_pr and tag is not None:
+        raise HubError("A proposed commit gets no tag before it is merged. Leave the tag out. Nothing was sent.")
     remote = Remote.of(repo_id, token=token, endpoint=endpoint, revision=revision)
     sent = check(Path(folder), token=remote.token)
     ours = _Local(sent)
     remote.repo_id = remote.authorize(create_pr)
+    _check_licence(sent.folder)
     if not create_pr:
         private = private_for(_teachers(facts.load(Path(folder))), private)
     head, listed = remote.open(private, create=not create_pr)
@@ -221,7 +227,11 @@ def push(
     if lacking := listed - held.keys():  # what is not seen would not be deleted, and stay beside the new model
         raise HubError(f"The hub's list of {remote.repo_id} lacks {min(lacking)}. Nothing was sent. Push again.")
     stale = ours.stale(held)
-    if not stale and ours.same(held):
+    same = not stale and ours.same(held)
+    if tag is not None:
+        remote.check_tag(tag, head if same else None)
+    if same:
+        remote.tag(tag, head)
         return Pushed(url=remote.commit_url(head), oid=head, files=sent.names, new=False)
     if create_pr and (made := remote.proposed(ours)) is not None:
         return Pushed(url=made[1], oid=made[0], files=sent.names, new=False)
@@ -231,7 +241,18 @@ def push(
             f"{url} shows other bytes than were checked: {folder} changed meanwhile, or the hub's list is wrong. Look "
             "at it, push again."
         )
+    remote.tag(tag, oid)
     return Pushed(url=url, oid=oid, files=sent.names, deleted=stale)
+
+
+def _check_licence(folder: Path) -> None:
+    """A model without a licence may be used by nobody; so its maker is asked before anything is sent."""
+    if licences.of_card(folder / licences.CARD) is None:
+        _, why = licences.of(folder)
+        raise HubError(
+            f"The card of {folder} names no licence ({why}). Say it: `hf-compress push --license apache-2.0 …` and the "
+            "like, or `license:` at the top of its README.md. Nothing was sent."
+        )
 
 
 def _teachers(record: facts.Record) -> list[str]:
@@ -366,6 +387,24 @@ class Remote:
         with self.asking(f"for the files of {self.repo_id}", remedy):
             entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
             return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def check_tag(self, name: str, head: str | None) -> None:
+        """Refuses a name that no tag can have, or that another commit than that one has already."""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII):
+            raise HubError(f"{name!r} can be no tag: letters, digits, dots, hyphens and underscores. Nothing was sent.")
+        with self.asking(f"for the tags of {self.repo_id}", "Nothing was sent."):
+            tags = {each.name: each.target_commit for each in self.api.list_repo_refs(self.repo_id).tags}
+        if name in tags and tags[name] != head:
+            raise HubError(
+                f"{self.repo_id} has a tag {name} at {tags[name][:7]}, and tags stay where they are. Choose another. "
+                "Nothing was sent."
+            )
+
+    def tag(self, name: str | None, oid: str) -> None:
+        """Gives a commit its tag."""
+        if name is not None:
+            with self.asking(f"to tag {oid[:7]} as {name}", f"{self.commit_url(oid)} is there; push again to tag it."):
+                self.api.create_tag(self.repo_id, tag=name, revision=oid, exist_ok=True)
 
     def pull_requests(self) -> dict[str, str]:
         """Commit by ref (refs/pr/1), of all pull requests of the repository."""

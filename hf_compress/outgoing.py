@@ -31,11 +31,12 @@ _TOKENIZER = rf"{_VOCABULARY}|tokenizer_config\.json|special_tokens_map\.json|ch
 WEIGHTS = r"(?:model|adapter_model)[\w.-]*\.safetensors"
 _CONFIGS = r"(?:config|generation_config|preprocessor_config|processor_config|adapter_config|compression)\.json"
 _ONNX = r"[\w-]+\.onnx(?:_data|\.data)?|export\.json"
-_FOLDERS = r"onnx(?:_[\w.-]+)?|evidence|additional_chat_templates"
+_FOLDERS = r"onnx(?:_[\w.-]+)?|evidence|additional_chat_templates|\.eval_results"
 _KEPT_APART = r"evidence/(?:[\w-][\w.-]*/)*[\w-][\w.-]*\.(?:png|svg|parquet|json)|LICENSE[\w.-]*"
 ALLOWED = re.compile(
     rf"{_CONFIGS}|{WEIGHTS}|model[\w.-]*\.safetensors\.index\.json|{_TOKENIZER}|README\.md"
-    rf"|additional_chat_templates/[\w-]+\.jinja|onnx(?:_[\w.-]+)?/(?:{_ONNX}|{_CONFIGS}|{_TOKENIZER})|{_KEPT_APART}"
+    rf"|additional_chat_templates/[\w-]+\.jinja|\.eval_results/[\w-]+\.yaml"
+    rf"|onnx(?:_[\w.-]+)?/(?:{_ONNX}|{_CONFIGS}|{_TOKENIZER})|{_KEPT_APART}"
 )
 """Names that may leave, relative to the model folder, with `/`."""
 MANAGED = re.compile(rf"(?!(?:{_KEPT_APART})\Z)(?:{ALLOWED.pattern})")

@@ -70,13 +70,15 @@ def describe_model(model: nn.Module, layers: int) -> facts.Model:
     )
 
 
-def describe_data(data: Any, name: str | None) -> facts.Data:
+def describe_data(data: Any, name: str | None, licence: str | None = None) -> facts.Data:
     """A training set by content; the count of labelled rows where the rows have a label column."""
     rows = _known(data)
     step = max(rows // SAMPLE, 1)
     sample = [data[index] for index in range(0, rows, step)] if hasattr(data, "__getitem__") else []
+    info = getattr(data, "info", None)
     return facts.Data(
-        name=name or getattr(getattr(data, "info", None), "dataset_name", None) or "training set",
+        name=name or getattr(info, "dataset_name", None) or "training set",
+        licence=licence or getattr(info, "license", None) or None,
         rows=rows,
         labelled=_labelled(data),
         fingerprint=facts.fingerprint([rows, *sample]),
@@ -135,7 +137,7 @@ def describe_training(run: Run, *, seconds: float) -> facts.Training:
         student=describe_model(unwrap(run.student), run.sizes.layers),
         methods=tuple(describe_method(objective) for objective in run.distiller.objectives),
         task_weight=run.task_weight,
-        data=describe_data(trainer.train_dataset, run.config.data),
+        data=describe_data(trainer.train_dataset, run.config.data, run.config.data_licence),
         steps=state.global_step,
         epochs=float(state.epoch or 0.0),
         seconds=seconds,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from hf_compress_evaluation.task import Task, read_task
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from . import facts, files, foreign, hub, onnx
+from . import facts, files, foreign, hub, licences, onnx
 from .callback import DistillCallback, calling_trainer
 from .errors import ConfigurationError, GateError, HfCompressError, MismatchError, UnknownNameError
 from .objective import kind_of
@@ -139,10 +140,11 @@ class PublishCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         teacher: folder or hub id that is measured beside the student.
         private: visibility of a new repository; None: private if a teacher is private or gated, else the account's
             default.
+        licence: of the student, e.g. "apache-2.0"; None: as its card says or as teacher and data allow.
 
     Raises:
         ConfigurationError: for a URL that names no repository, or a teacher without a task; and when training begins,
-            if nothing says which folder is pushed, or it must not be replaced.
+            if nothing says which folder is pushed, or it must not be replaced, or nobody knows the licence.
         HubError, MismatchError, ForeignFileError: when training begins, if the push cannot work, or the task does not
             fit student or teacher.
     """
@@ -155,6 +157,7 @@ class PublishCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         task: str | Path | None = None,
         teacher: str | Path | None = None,
         private: bool | None = None,
+        licence: str | None = None,
     ) -> None:
         if teacher is not None and task is None:
             raise ConfigurationError(
@@ -165,6 +168,7 @@ class PublishCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.repository, self.private = repository, private
         self.folder = None if folder is None else Path(folder)
         self.task, self.teacher = None if task is None else Path(task), teacher
+        self.licence = None if licence is None else licences.valid(licence)
         self._task: Task | None = None
         self._private = private
         self.pushed: hub.Pushed | None = None
@@ -188,6 +192,24 @@ class PublishCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             _check_task(self._task, model, self.teacher)
         self._private = hub.private_for(self._teachers(trainer), self.private)
         self._name = hub.authorize(self._name, endpoint=self._endpoint, private=self._private)
+        self._check_licence(trainer, folder)
+
+    def _check_licence(self, trainer: Trainer, folder: Path) -> None:
+        if self.licence or licences.of_card(folder / card.FILE):
+            return
+        callbacks = trainer.callback_handler.callbacks
+        run = next((callback.run for callback in callbacks if isinstance(callback, DistillCallback)), None)
+        data = None if run is None else run.config.data_licence
+        data = data or getattr(getattr(trainer.train_dataset, "info", None), "license", None)
+        sources = {"the training data": data}
+        if run is not None and run.teacher is not None:
+            sources = {"the teacher": run.teacher.describe().licence} | sources
+        known, why = licences.combined(sources)
+        if known is None:
+            raise ConfigurationError(
+                f"PublishCallback: {why}, and a model is pushed under one. Give licence='apache-2.0' or the like, or "
+                "DistillCallback(data_licence=…) where the teacher's card names its own."
+            )
 
     def _folder(self, trainer: Trainer) -> Path:
         """What is pushed."""
@@ -225,13 +247,16 @@ class PublishCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
 
     def _publish(self, folder: Path) -> None:
         visibility = {None: [], True: ["--private"], False: ["--no-private"]}[self.private]
-        push = ["hf-compress", "push", *visibility, str(folder), self.repository]
+        licence = [] if self.licence is None else ["--license", self.licence]
+        push = ["hf-compress", "push", *visibility, *licence, str(folder), self.repository]
         beside = [] if self.teacher is None else ["--teacher", str(self.teacher)]
         measure = ["hf-compress", "evaluate", str(folder), "--task", str(self.task), *beside]
         if self._task is not None:
             with _noting(folder, measure, push):
                 evaluate_folder(folder, task=self._task, teacher=self.teacher)
         with _noting(folder, push):
+            if self.licence is not None:
+                licences.state(folder, self.licence)
             card.write(folder, repo_id=self._name)
             self.pushed = hub.push(folder, self._name, endpoint=self._endpoint, private=self._private)
         logger.info("hf_compress: %s", self.pushed.describe())
@@ -379,5 +404,8 @@ def _save(trainer: Trainer, folder: Path, main: bool) -> None:
                 "FULL_STATE_DICT, DeepSpeed with stage3_gather_16bit_weights_on_model_save."
             )
         (part / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # it holds `hub_token` in clear
+        for kept in folder.glob("*") if folder.is_dir() else ():  # what a maker has written beside the model
+            if kept.name == card.FILE or kept.name.startswith("LICENSE"):
+                shutil.copy(kept, part)
         files.readable(part)
         facts.save(part, facts.load(part))

@@ -131,6 +131,7 @@ class Recipe(_Part):
     measure: Measure = Measure()
     push: str | None = Field(default=None, description="repository, or its URL")
     private: bool | None = None
+    licence: Text | None = Field(default=None, description="of the student; None: as teacher and data allow")
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 

@@ -74,6 +74,8 @@ class DistillConfig:
     """Positions of a chunk."""
     data: str | None = None
     """Name of the training data for the record, e.g. its hub id."""
+    data_licence: str | None = None
+    """Of the training data, e.g. "mit"; None: as the data set says."""
     teacher_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """How a teacher named by hub id or folder is loaded, as `from_pretrained` takes it: {"dtype": torch.bfloat16,
     "revision": "v1", "device_map": "auto", "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}."""

@@ -26,7 +26,7 @@ from hf_compress_evaluation.quality import longest
 from hf_compress_evaluation.task import Task
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from . import facts, files, fitting, foreign, hub
+from . import facts, files, fitting, foreign, hub, licences
 from .callback import DistillCallback
 from .errors import ConfigurationError, GateError, MismatchError
 from .facts import Measurement, Record
@@ -117,7 +117,7 @@ class _Work:
         made.append(("student", lambda: self._distil("student", unlabelled=True), how))
         made.append(("export", self._export, recipe.export))
         made.append(("evaluate", self._evaluate, recipe.measure))
-        made.append(("card", self._card, recipe.push))
+        made.append(("card", self._card, [recipe.push, recipe.licence]))
         made.append(("push", self._push, [recipe.push, recipe.private]))
         return made
 
@@ -185,6 +185,21 @@ class _Work:
         if self.private and self.recipe.private is None:
             self.tell(f"{self.recipe.teacher} is private or gated, so the student will be private (private: true)")
         hub.authorize(repository, endpoint=endpoint, private=self.private)
+        licence, why = self._licence
+        if licence is None:
+            raise ConfigurationError(f"recipe: {why}. Say under which one the student is pushed: licence: apache-2.0.")
+
+    @cached_property
+    def _licence(self) -> tuple[str | None, str]:
+        """Of the student: as the recipe says, else as teacher and data allow; or why nobody knows it."""
+        if self.recipe.licence is not None:
+            return licences.valid(self.recipe.licence), "as the recipe says"
+        data = self.recipe.data
+        of = {
+            "the teacher": licences.of_source(self.recipe.teacher),
+            f"the data {data.name or ''}".strip(): data.licence,
+        }
+        return licences.combined(of)
 
     def _check_output(self) -> None:
         """Stages replace whole folders, so those of somebody else must not lie there."""
@@ -342,6 +357,7 @@ class _Work:
             alpha=self.recipe.alpha,
             task_weight=self.recipe.task_weight,
             data=data.name or self._name("train"),
+            data_licence=data.licence,
         )
         fitting.fit(
             student,
@@ -413,6 +429,8 @@ class _Work:
         )
 
     def _card(self) -> None:
+        if self._licence[0] is not None:
+            licences.state(self.student, self._licence[0])
         repository = None if self.recipe.push is None else hub.repository_of(self.recipe.push)[0]
         card.write(self.student, repo_id=repository)
 

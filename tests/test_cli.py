@@ -20,7 +20,7 @@ import transformers
 import yaml
 from hf_compress_evaluation import table
 from hub.server import Hub, running_hub
-from huggingface_hub import constants
+from huggingface_hub import HfApi, ModelCard, constants
 from recipes import ROWS, write_inputs
 from rich.console import Console
 from typer.main import get_command
@@ -353,17 +353,28 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_push_names_the_repository_in_a_card_that_nobody_edited(
     command: Callable[..., Said], student: Path, hub: Hub
 ) -> None:
-    said = command("push", student, f"{hub.url}/me/small")
+    said = command("push", student, f"{hub.url}/me/small", "--license", "MIT", "--tag", "v1")
     assert said.code == 0, said.err
     assert said.err.startswith("One commit with ")
     assert b'model="me/small"' in hub.files("me/small")["README.md"]
+    assert ModelCard(hub.files("me/small")["README.md"].decode()).data.license == "mit"
+    refs = HfApi(endpoint=hub.url, token=Hub.token).list_repo_refs("me/small")
+    assert [(tag.name, tag.target_commit) for tag in refs.tags] == [("v1", refs.branches[0].target_commit)]
 
 
 def test_push_keeps_a_card_that_was_edited(command: Callable[..., Said], student: Path, hub: Hub) -> None:
     readme = student / "README.md"
-    readme.write_text(readme.read_text() + "\nMine.\n")
+    readme.write_text(readme.read_text().replace("---\n", "---\nlicense: cc-by-4.0\n", 1) + "\nMine.\n")
     assert command("push", student, f"{hub.url}/me/small").code == 0
     assert hub.files("me/small")["README.md"].endswith(b"\nMine.\n")
+    assert ModelCard(hub.files("me/small")["README.md"].decode()).data.license == "cc-by-4.0"
+
+
+def test_a_push_without_a_licence_says_how_to_give_one(command: Callable[..., Said], student: Path, hub: Hub) -> None:
+    error = command("push", student, f"{hub.url}/me/small").error
+    assert "names no licence" in error
+    assert "--license" in error
+    assert not hub.repos
 
 
 def test_a_refused_push_is_one_line_without_the_token(

@@ -127,7 +127,7 @@ def finished(inputs: Path, hub: Hub, tmp_path_factory: pytest.TempPathFactory) -
     """The whole of it once: trained, exported, measured, described, pushed. The order of the callbacks is reversed."""
     work = tmp_path_factory.mktemp("finished")
     teacher = write_teacher(work / "big")
-    publish = PublishCallback(f"{hub.url}/me/whole", task=inputs / "task.yaml", teacher=inputs / "big")
+    publish = PublishCallback(f"{hub.url}/me/whole", licence="mit", task=inputs / "task.yaml", teacher=inputs / "big")
     export = ExportCallback(work / "student", precisions=("int8",), gate=LENIENT)
     trainer = build(work, publish, export, DistillCallback(teacher), student=shrink(teacher, layers=2))
     trainer.train()
@@ -197,7 +197,7 @@ def test_any_order_of_the_callbacks_gives_a_clean_student_with_its_record(
     callbacks = [
         DistillCallback(str(inputs / "big"), method="taid"),
         ExportCallback(tmp_path / "student"),
-        PublishCallback(f"{hub.url}/{name}"),
+        PublishCallback(f"{hub.url}/{name}", licence="mit"),
     ]
     trainer = build(tmp_path, *(callbacks[place] for place in order))
     assert any(key.startswith("distiller.") for key in trainer.model.state_dict())
@@ -250,7 +250,7 @@ def test_the_best_weights_are_exported_where_the_trainer_puts_them_back(
 
 
 def test_without_an_export_the_model_is_saved_and_pushed_as_safetensors(hub: Hub, tmp_path: Path) -> None:
-    build(tmp_path, PublishCallback(f"{hub.url}/me/plain", folder=tmp_path / "student")).train()
+    build(tmp_path, PublishCallback(f"{hub.url}/me/plain", licence="mit", folder=tmp_path / "student")).train()
 
     assert hub.files("me/plain").keys() == {
         "README.md", "compression.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -281,7 +281,11 @@ def test_a_precision_that_misses_its_gate_is_said_and_float32_stays(
 
 
 def test_nothing_is_exported_or_pushed_when_training_raises(hub: Hub, tmp_path: Path, unexported: list[Path]) -> None:
-    callbacks = (Stopping(), ExportCallback(tmp_path / "student"), PublishCallback(f"{hub.url}/me/stopped"))
+    callbacks = (
+        Stopping(),
+        ExportCallback(tmp_path / "student"),
+        PublishCallback(f"{hub.url}/me/stopped", licence="mit"),
+    )
     with pytest.raises(StoppedError):
         build(tmp_path, *callbacks).train()
 
@@ -290,7 +294,7 @@ def test_nothing_is_exported_or_pushed_when_training_raises(hub: Hub, tmp_path: 
 
 
 def test_trials_of_a_search_are_neither_exported_nor_pushed(hub: Hub, tmp_path: Path, unexported: list[Path]) -> None:
-    callbacks = (ExportCallback(tmp_path / "student"), PublishCallback(f"{hub.url}/me/trials"))
+    callbacks = (ExportCallback(tmp_path / "student"), PublishCallback(f"{hub.url}/me/trials", licence="mit"))
     trainer = build(tmp_path, *callbacks, model_init=lambda: new_student(), eval_strategy="epoch", eval_dataset=rows())
     trainer.hyperparameter_search(
         lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.1, 0.2)}, n_trials=1, backend="optuna"
@@ -303,7 +307,7 @@ def test_trials_of_a_search_are_neither_exported_nor_pushed(hub: Hub, tmp_path: 
 def test_a_process_that_is_not_the_main_one_writes_and_asks_nothing(
     hub: Hub, tmp_path: Path, unexported: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    callbacks = (ExportCallback(tmp_path / "student"), PublishCallback(f"{hub.url}/me/other-process"))
+    callbacks = (ExportCallback(tmp_path / "student"), PublishCallback(f"{hub.url}/me/other-process", licence="mit"))
     trainer = build(tmp_path, *callbacks)
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     asked = len(hub.log)
@@ -344,7 +348,7 @@ def test_a_push_of_the_trainers_own_is_left_to_it(
 
 
 def test_a_failed_push_keeps_the_folder_and_names_the_command_that_sends_it(hub: Hub, tmp_path: Path) -> None:
-    callback = PublishCallback(f"{hub.url}/me/refused", folder=tmp_path / "student", private=True)
+    callback = PublishCallback(f"{hub.url}/me/refused", licence="mit", folder=tmp_path / "student", private=True)
     hub.plan = [Fault(KINDS["commit"], status=403, times=9)]
     with pytest.raises(HubError, match="The commit to me/refused failed") as caught:
         build(tmp_path, callback).train()
@@ -352,7 +356,7 @@ def test_a_failed_push_keeps_the_folder_and_names_the_command_that_sends_it(hub:
 
     (note,) = [each for each in caught.value.__notes__ if "hf-compress" in each]
     command = note.partition("`hf-compress ")[2].partition("`")[0].split()
-    assert command == ["push", "--private", str(tmp_path / "student"), f"{hub.url}/me/refused"]
+    assert command == ["push", "--private", "--license", "mit", str(tmp_path / "student"), f"{hub.url}/me/refused"]
     assert len(hub.history("me/refused")) == 1  # the hub's own first commit
     cli.app(command, standalone_mode=False)
     assert hub.files("me/refused")["model.safetensors"] == (tmp_path / "student/model.safetensors").read_bytes()
@@ -381,7 +385,7 @@ def test_a_failed_measurement_names_both_commands(
 
     monkeypatch.setattr(publishing, "evaluate_folder", fail)
     task = inputs / "task.yaml"
-    callback = PublishCallback(f"{hub.url}/me/unmeasured", folder=tmp_path / "student", task=task)
+    callback = PublishCallback(f"{hub.url}/me/unmeasured", licence="mit", folder=tmp_path / "student", task=task)
     with pytest.raises(StoppedError) as caught:
         build(tmp_path, callback).train()
 
@@ -401,7 +405,7 @@ def test_a_push_that_the_hub_refuses_is_found_before_the_first_step(
 ) -> None:
     monkeypatch.setattr("hf_compress.hub.get_token", lambda: token)
     with pytest.raises(HubError, match=said):
-        build(tmp_path, PublishCallback(f"{hub.url}/me/small", folder=tmp_path / "student")).train()
+        build(tmp_path, PublishCallback(f"{hub.url}/me/small", licence="mit", folder=tmp_path / "student")).train()
 
 
 def test_a_public_repository_for_a_private_student_is_found_before_the_first_step(
@@ -409,7 +413,9 @@ def test_a_public_repository_for_a_private_student_is_found_before_the_first_ste
 ) -> None:
     HfApi(endpoint=hub.url, token=Hub.token).create_repo("me/public")
     with pytest.raises(HubError, match="is public"):
-        build(tmp_path, PublishCallback(f"{hub.url}/me/public", folder=tmp_path / "student", private=True)).train()
+        build(
+            tmp_path, PublishCallback(f"{hub.url}/me/public", licence="mit", folder=tmp_path / "student", private=True)
+        ).train()
 
 
 def test_the_visibility_that_the_distilled_teacher_asks_for_is_found_before_the_first_step(
@@ -419,7 +425,7 @@ def test_the_visibility_that_the_distilled_teacher_asks_for_is_found_before_the_
     monkeypatch.setattr(publishing.hub, "private_for", lambda names, private: asked.append(list(names)) or True)
     HfApi(endpoint=hub.url, token=Hub.token).create_repo("me/open")
     teacher = new_student(num_hidden_layers=3)
-    publish = PublishCallback(f"{hub.url}/me/open", folder=tmp_path / "student")
+    publish = PublishCallback(f"{hub.url}/me/open", licence="mit", folder=tmp_path / "student")
     trainer = build(tmp_path, publish, DistillCallback(teacher, method="kd"))
     teacher.config._name_or_path = "them/gated"
     with pytest.raises(HubError, match="is public"):

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from recipes import ROWS, write_inputs, write_rows
 from safetensors.numpy import load_file, save_file
 
-from hf_compress import facts, fitting, ship
+from hf_compress import facts, fitting, licences, ship
 from hf_compress.errors import (
     ConfigurationError,
     ForeignFileError,
@@ -625,13 +625,22 @@ def test_a_push_that_the_hub_refuses_is_found_before_training(
     assert not (tmp_path / "made").exists()
 
 
+def test_a_push_without_a_licence_is_found_before_training(
+    inputs: Path, values: dict[str, Any], tmp_path: Path, hub: Hub, untrained: None
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"licence of the teacher .*licence: apache-2\.0"):
+        run(made_recipe(inputs, tmp_path / "made", values, push=f"{hub.url}/me/small"))
+    assert not (tmp_path / "made").exists()
+
+
 # ---------------------------------------------------------------------- the push
 
 
 def test_a_push_makes_exactly_one_commit_and_a_second_run_none(again: Callable[..., Recipe], hub: Hub) -> None:
-    recipe = again(push=f"{hub.url}/me/small")
+    recipe = again(push=f"{hub.url}/me/small", licence="mit")
     first = run(recipe)
     assert first.ran == ("card", "push")
+    assert licences.of_card(first.folder / "README.md") == "mit"
     made, start = hub.history("me/small")
     assert start.parent is None
     assert made.oid in first.destination

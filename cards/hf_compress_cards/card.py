@@ -11,10 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from hf_compress import facts, files
+from hf_compress import facts, files, licences
 from hf_compress.facts import Record, Setting
 
-from . import figures, plot, serving, usage
+from . import editing, figures, leaderboards, plot, serving, usage
 from .metadata import metadata, to_yaml
 from .text import Safe, escape, fence, table
 
@@ -40,7 +40,8 @@ def render(folder: Path, *, repo_id: str | None = None) -> str:
 
 
 def write(folder: Path, *, repo_id: str | None = None) -> Path:
-    """Writes README.md whole or not at all, and the plot that it shows as recorded evidence, if there is one to draw.
+    """Writes README.md, the plot that it shows as recorded evidence, and results for the hub's leaderboards, each whole
+    or not at all. What a maker has added to the card outside of the generated parts stays.
 
     Raises:
         ForeignFileError: as `render`; nothing is written then.
@@ -49,7 +50,9 @@ def write(folder: Path, *, repo_id: str | None = None) -> Path:
     folder = Path(folder)
     if drawn := plot.draw(facts.load(folder), folder / PLOT):
         facts.register(folder, [drawn])
-    files.write_text(folder / FILE, render(folder, repo_id=repo_id))
+    leaderboards.write(folder, facts.load(folder))
+    existing = files.read_text(folder / FILE) if files.is_file(folder / FILE) else None
+    files.write_text(folder / FILE, editing.merge(existing, render(folder, repo_id=repo_id)))
     return folder / FILE
 
 
@@ -62,6 +65,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"begin": editing.begin, "end": editing.end}
     return environment.get_template("card.md.jinja")
 
 
@@ -76,8 +80,9 @@ def _context(record: Record, config: dict[str, Any], model: str, folder: Path) -
     served = serving.variant(record, tag)
     serve = serving.code(model, tag, folder / served, config) if served else None
     packages, installed = serving.needs(tag)
+    licence, why = licences.of(folder)
     return {
-        "metadata": Safe(to_yaml(metadata(record, name=name, tag=tag, licence=config.get("license")))),
+        "metadata": Safe(to_yaml(metadata(record, name=name, tag=tag, licence=licence))),
         "name": name,
         "model": model,
         "architecture": architecture,
@@ -104,7 +109,8 @@ def _context(record: Record, config: dict[str, Any], model: str, folder: Path) -
         "serve_installed": installed,
         "methods": _methods(record),
         "citations": [fence(text, "bibtex") for text in _citations(record)],
-        "licence_known": isinstance(config.get("license"), str),
+        "licence": licence,
+        "licence_why": why,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_compress.facts import Measurement, Model, Record
+from hf_compress.facts import Measurement, Model, Record, Training
 
 from .text import plain
 
@@ -60,8 +60,9 @@ def metadata(record: Record, *, name: str, tag: str | None, licence: Any) -> Mod
         pipeline_tag=tag,
         license=licence if isinstance(licence, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) else None,
         base_model=_ids(training.teacher, training.student) if training else None,
+        base_model_relation=_relation(training),
         datasets=[found] if training and (found := hub_id(training.data.hub_id)) else None,
-        metrics=sorted({METRICS[x.metric][0] for x in _scores(record)}) or None,
+        metrics=sorted({METRICS[x.metric][0] for x in scores(record)}) or None,
         tags=_tags(record),
         model_name=plain(name) if results else None,
         eval_results=results,
@@ -72,13 +73,19 @@ def _ids(*models: Model | None) -> list[str] | None:
     return list(dict.fromkeys(found for model in models if model and (found := hub_id(model.name)))) or None
 
 
+def _relation(training: Training | None) -> str | None:
+    """The hub's word for weights that were carried over and trained further; it has none for distillation."""
+    named = training is not None and _ids(training.teacher, training.student)
+    return "finetune" if named and training is not None and (training.student.start or training.student.name) else None
+
+
 def _tags(record: Record) -> list[str]:
     methods = record.training.methods if record.training else ()
     names = ["distillation", "hf_compress", *(plain(method.name, 80) for method in methods)]
     return [name for name in dict.fromkeys(names) if name]
 
 
-def _scores(record: Record) -> list[Measurement]:
+def scores(record: Record) -> list[Measurement]:
     """The newest score of the student for each metric, variant and data set that has a name."""
     scores = [x for x in record.measurements if x.subject == "student" and x.metric in METRICS]
     named = [(x, plain(x.data.name)) for x in scores if x.data is not None]
@@ -89,7 +96,7 @@ def eval_results(record: Record, tag: str | None) -> list[EvalResult]:
     """The student's scores as the hub's model-index holds them; a score without a data set or a task has no place."""
     task = tag or (plain(record.training.task) if record.training else None)
     results = []
-    for score in _scores(record):
+    for score in scores(record):
         data, (kind, title) = score.data, METRICS[score.metric]
         if not task or data is None:
             continue

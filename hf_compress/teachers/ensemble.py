@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_compress import facts
+from hf_compress import facts, licences
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.heads import Logits
 from hf_compress.objective import Inputs, require_one_shape
@@ -113,7 +113,9 @@ class EnsembleTeacher:
     def describe(self) -> facts.Model:
         each = [teacher.describe() for teacher in self.teachers]
         counts = [one.parameters for one in each if one.parameters is not None]
+        licence, _ = licences.combined({f"model {place}": one.licence for place, one in enumerate(each)})
         return facts.Model(
+            licence=licence,
             architecture=f"mean of {', '.join(one.architecture for one in each)}",
             parameters=sum(counts) if len(counts) == len(each) else None,
         )

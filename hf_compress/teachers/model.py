@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_compress import facts, foreign
+from hf_compress import facts, foreign, licences
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.heads import Dense, Head, Lazy, Logits, UnprovenError, prove
 from hf_compress.objective import Inputs, Kind, sizes
@@ -140,9 +140,11 @@ class ModelTeacher:
         return getattr(self.sizes.config, "is_encoder_decoder", False) and self.sizes.kind == "tokens" and named
 
     def describe(self) -> facts.Model:
-        name = hub_name(getattr(self.sizes.config, "_name_or_path", ""))
+        source = getattr(self.sizes.config, "_name_or_path", "")
+        name = hub_name(source)
         return facts.Model(
             name=name,
+            licence=licences.of_source(source),
             revision=getattr(self.sizes.config, "_commit_hash", None) if name else None,
             architecture=type(self.model).__name__,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),

@@ -507,3 +507,34 @@ def test_whether_a_push_can_work_is_found_out_without_writing(hub: Hub) -> None:
         authorize("you/student", token=hub.token, endpoint=hub.url)
     assert {request.method for request in hub.log} == {"GET"}
     assert not hub.repos
+
+
+# ---------------------------------------------------------------------- licence and tags
+
+
+def test_a_model_without_a_licence_does_not_leave(push: Callable[..., Pushed], hub: Hub, folder: Path) -> None:
+    write(folder / "README.md", CARD.replace("license: apache-2.0\n", ""))
+    with pytest.raises(HubError, match=r"names no licence .*`license:` at the top"):
+        push()
+    assert not hub.repos
+
+
+def test_a_tag_names_the_commit_and_stays_where_it_is(push: Callable[..., Pushed], hub: Hub, folder: Path) -> None:
+    def tags() -> dict[str, str]:
+        refs = HfApi(endpoint=hub.url, token=hub.token).list_repo_refs("me/student")
+        return {tag.name: tag.target_commit for tag in refs.tags}
+
+    first = push(tag="v1")
+    assert tags() == {"v1": first.oid}
+    again = push(tag="v1")  # the same files: no new commit, and the tag is there
+    assert (again.new, again.oid) == (False, first.oid)
+    assert push(tag="v1.0").oid == first.oid
+    write(folder / "README.md", CARD + "\nMore.\n")
+    with pytest.raises(HubError, match=r"has a tag v1 at .*Nothing was sent"):
+        push(tag="v1")
+    second = push(tag="v2")
+    assert tags() == {"v1": first.oid, "v1.0": first.oid, "v2": second.oid}
+    with pytest.raises(HubError, match="can be no tag"):
+        push(tag="v 3")
+    with pytest.raises(HubError, match="before it is merged"):
+        push(tag="v3", create_pr=True)
