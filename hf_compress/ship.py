@@ -281,7 +281,7 @@ class Work:
     def _teacher(self) -> None:
         recipe = self.recipe
         if recipe.teacher_training is None:
-            self._load_teacher()
+            self.load_teacher()
             return
         transformers.set_seed(recipe.seed)
         body = _loaded(
@@ -299,21 +299,25 @@ class Work:
         """The stage of the teacher alone, unless it is done."""
         self.once(*self.stages()[0])
 
-    def _load_teacher(self) -> PreTrainedModel:
+    def load_teacher(self) -> tuple[PreTrainedModel, Any]:
+        """Teacher and tokenizer, after its stage.
+
+        Raises:
+            MismatchError: if it lacks weights.
+        """
         teacher, report = _loaded(self.teacher, report=True)
         if report["missing_keys"]:
             raise MismatchError(
                 f"the teacher has no weights for {sorted(report['missing_keys'])[:3]}. Give a fine-tuned classifier, "
                 "or add `teacher_training: {}` to the recipe."
             )
-        model: PreTrainedModel = teacher
-        return model
+        return teacher, foreign.tokenizer(self.teacher)
 
     def _start(self) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
         """Teacher, student at its start, tokenizer."""
-        teacher = self._load_teacher()
+        teacher, tokenizer = self.load_teacher()
         student = shrink(teacher, layers=_layers(self.recipe.student.layers), keep=self.recipe.student.keep)
-        return teacher, student, foreign.tokenizer(self.teacher)
+        return teacher, student, tokenizer
 
     def _alone(self) -> None:
         """Trains the baseline at each learning rate, keeps the best on data.choice, and notes how each did."""
