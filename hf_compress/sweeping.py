@@ -267,13 +267,11 @@ class _Sweep:
         for seed in self.seeds:
             own = [(entry, rate) for entry, rate, other in planned if other == seed]
             before = {(entry.name, rate): self._read(entry.name, rate, seed) for entry, rate in own}
-            teacher = self._read(TEACHER, None, seed)
-            if teacher is None or None in before.values():
-                work = ship.Work(self._recipe_of(None, seed), self.tell, display)
-                work.output.mkdir(exist_ok=True)
-                work.prepare_teacher()
-                teacher = teacher or self._write(self._teacher(work))
-            yield teacher
+            if (
+                seed == self.seeds[0] or self.recipe.teacher_training is not None
+            ):  # else it is the one of the first seed
+                teacher = self._teacher_of(seed, None in before.values(), display)
+                yield teacher
             for entry, rate in own:
                 number = planned.index((entry, rate, seed)) + 1
                 row = before[entry.name, rate]
@@ -312,9 +310,18 @@ class _Sweep:
         about = {"date": date.today().isoformat(), "machine": facts.hardware(), "versions": facts.versions()}
         return Row(method=method, learning_rate=rate, seed=seed, fingerprint=self.fingerprint, **{**about, **figures})
 
-    def _teacher(self, work: ship.Work) -> Row:
+    def _teacher_of(self, seed: int, needed: bool, display: Any) -> Row:
+        """The teacher's row; the teacher itself is made if it is needed, or was never scored."""
+        found = self._read(TEACHER, None, seed)
+        if found is not None and not needed:
+            return found
+        work = ship.Work(self._recipe_of(None, seed), self.tell, display)
+        work.output.mkdir(exist_ok=True)
+        work.prepare_teacher()
+        if found is not None:
+            return found
         teacher, tokenizer = work.load_teacher()
-        return self._row(TEACHER, None, work.recipe.seed, **self._scored(work, teacher, tokenizer))
+        return self._write(self._row(TEACHER, None, seed, **self._scored(work, teacher, tokenizer)))
 
     def _run(self, entry: Entry, rate: float, seed: int, teacher: Row, display: Any) -> Row:
         work = ship.Work(self._recipe_of(entry, seed), self.tell, display)

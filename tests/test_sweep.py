@@ -21,9 +21,10 @@ from hf_compress_evaluation import intervals
 from hf_compress_evaluation.sweep import paired, tables
 from hf_compress_evaluation.sweep.summary import Row, choose, summarise
 from recipes import ROWS, write_inputs
+from transformers import TrainerState
 from typer.testing import CliRunner
 
-from hf_compress import cli, facts, fitting, sweeping
+from hf_compress import DistillCallback, cli, facts, fitting, sweeping
 from hf_compress.errors import ConfigurationError, ForeignFileError, HfCompressError, UnknownNameError
 from hf_compress.recipe import Recipe, read_recipe
 
@@ -99,22 +100,27 @@ def test_every_training_gets_the_same_start_rows_batches_and_seed(
 
     def fit(model: Any, tokenizer: Any, rows: Any, how: Any, target: Path, **settings: Any) -> None:
         start = facts.fingerprint(model.state_dict().values())
-        seen[target.name] = (start, len(rows), how, settings["steps"], settings["seed"])
+        taught = any(isinstance(each, DistillCallback) for each in settings["callbacks"])
+        seen[f"{target.name}, {settings['seed']}"] = (start, len(rows), how, settings["steps"], taught)
         raise HfCompressError("far enough")
 
     given = read_recipe(recipe).model_copy(update={"teacher_training": None, "seed": 7})
     monkeypatch.setattr(fitting, "fit", fit)
-    run(given, METHODS, tmp_path / "made", learning_rates=[1e-3, 2e-3])
+    run(given, METHODS, tmp_path / "made", learning_rates=[1e-3, 2e-3], seeds=2)
 
-    assert len(seen) == 6
+    assert len(seen) == 12
+    assert {name.rpartition(" ")[2] for name in seen} == {"7", "8"}
     assert len({found[0] for found in seen.values()}) == 1
     assert {name: found[1] for name, found in seen.items()} == {
         name: ROWS["train"] + (0 if name.startswith("alone") else ROWS["unlabelled"]) for name in seen
     }
     for rate in (1e-3, 2e-3):
-        assert sum(found[2].learning_rate == rate for found in seen.values()) == 3
+        assert sum(found[2].learning_rate == rate for found in seen.values()) == 6
     assert {found[2].batch_size for found in seen.values()} == {12}
-    assert {found[3:] for found in seen.values()} == {(STEPS, 7)}
+    assert {found[3] for found in seen.values()} == {STEPS}
+    assert {name: found[4] for name, found in seen.items()} == {name: not name.startswith("alone") for name in seen}
+    (teacher,) = [row for row in rows_of(tmp_path / "made").values() if row.method == "teacher"]
+    assert teacher.seed == 7  # it is trained by nobody here, and has no spread over seeds
 
 
 def test_a_seed_has_one_teacher_and_only_it_and_the_rows_are_kept(swept: sweeping.Swept) -> None:
@@ -238,6 +244,15 @@ def test_a_method_that_fails_is_a_row_with_its_error_and_the_others_go_on(recipe
     changed = {name for name, what in contents(made).items() if before[name] != what}
     assert changed == {f"{FAILING}-0.001-seed-0.json"}
     assert [line for line in told if line.startswith("row")] == [f"row 2 of 3: {FAILING}, learning rate 0.001, seed 0"]
+
+
+def test_a_training_takes_its_bar_from_a_display_that_it_shares() -> None:
+    display = fitting.bars(False)
+    outer = display.add_task("sweep", total=2, loss="")
+    with fitting._Shown("one", display) as shown:
+        shown.on_train_begin(None, TrainerState(max_steps=4), None)
+        assert [task.description for task in display.tasks] == ["sweep", "one"]
+    assert [task.id for task in display.tasks] == [outer]
 
 
 def test_no_file_names_a_folder_of_this_machine(recipe: Path, swept: sweeping.Swept) -> None:
@@ -393,6 +408,7 @@ def test_the_learning_rate_is_chosen_on_the_choice_rows_and_not_on_the_test_rows
     _, one = summarise([*teachers, *rows[:3], failed], [1] * 4)
     assert (one.learning_rate, one.error, one.failed, one.seeds) == (1e-3, "E", 1, 2)
     assert choose([failed]) == (None, {})
+    assert choose([made("a", "11", rate=2e-3, choice_accuracy=None), failed]) == (None, {})
 
 
 def example(*seeds: int) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def summarise(rows: Sequence[Row], labels: Sequence[int], *, seed: int = 0) -> l
     """Each method in the order of the rows, the teacher among them.
 
     Args:
-        rows: of every method, learning rate and seed, and the teacher's; each has the same seeds.
+        rows: of every method, learning rate and seed, each with the same seeds; and the teacher's, one for each seed
+            or one for all.
         labels: (row,) class ids of the test rows.
         seed: of the resampling.
 

@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 from hf_compress_cards import text
 
+from .summary import ALONE
+
 MISSING = "—"
 Found = Mapping[str, Any]
 """What sweep.json holds."""
@@ -42,43 +44,48 @@ def rows(found: Found) -> list[dict[str, str]]:
 
 
 def below(found: Found) -> list[str]:
-    """What the words mean, and what every method was given."""
-    budget, seeds = found["budget"], found["budget"]["seeds"]
-    many = len(seeds) > 1
-    rates = ", ".join(f"{rate:g}" for rate in budget["learning_rates"])
-    several = len(budget["learning_rates"]) > 1
-    lines = [
-        f"Every method had the same start of the student, {budget['steps']:,} steps of {budget['batch_size']} rows "
-        f"(at most; {budget['epochs']:g} epochs of {budget['rows']:,} rows) and {budget['runs_per_method']} runs: "
-        + (f"learning rates {rates}, the best chosen on {budget['choice_rows']:,} choice rows" if several else rates)
-        + (", seeds " if many else ", seed ")
-        + ", ".join(map(str, seeds))
-        + ("" if budget["seconds_per_run"] is None else f"; {budget['seconds_per_run']:.1f} seconds a run")
-        + f". Scored on {budget['test_rows']:,} test rows."
-    ]
-    if any(one["method"] == "alone" for one in found["methods"]):
-        lines.append(
-            f"alone: trained without the teacher on the {budget['labelled_rows']:,} labelled rows, as many steps."
-        )
-    lines.append(
-        f"± is the standard deviation over {len(seeds)} seeds; ranges are 95 % intervals over the test rows."
-        if many
-        else "One seed: nothing is said of the spread over seeds; ranges are 95 % intervals over the test rows."
-    )
+    """What every method was given, what the words mean, and what failed."""
+    budget, methods = found["budget"], found["methods"]
+    many = len(budget["seeds"]) > 1
+    lines = _given(budget)
+    if any(one["method"] == ALONE for one in methods):
+        rows = f"{budget['labelled_rows']:,} labelled rows"
+        lines.append(f"{ALONE}: trained without the teacher on the {rows}, for as many steps.")
+    spread = f"± is the standard deviation over {len(budget['seeds'])} seeds" if many else _ONE_SEED
+    lines.append(f"{spread}; ranges are 95 % intervals over the test rows.")
+    if any(one["gap_closed"] and not one["gap_closed"]["interval"] for one in methods):
+        lines.append(_NO_LEAD)
     if _others(found):
         lines.append(
-            (
-                "p: first a sign-flip test over the test rows, whose scores are summed over the seeds, then a paired "
-                "t-test over the seeds; "
-                if many
-                else "p: McNemar's exact test over the test rows; "
-            )
-            + "each Holm-corrected over the methods that are compared with the same one."
+            f"{_SEVERAL if many else _MCNEMAR}; each Holm-corrected over the methods compared with the same one."
         )
-    for one in found["methods"]:
+    for one in methods:
         if one["error"]:
             lines.append(f"{one['method']}: {one['failed']} of {budget['runs_per_method']} runs failed. {one['error']}")
     return [*lines, f"{found['command']}, {found['date']}, {'; '.join(found['machines'])}."]
+
+
+_ONE_SEED = "One seed: nothing is said of the spread over seeds"
+_NO_LEAD = (
+    "gap closed: without a range where the teacher's lead over alone could be chance, without a value if it has none."
+)
+_MCNEMAR = "p: McNemar's exact test over the test rows"
+_SEVERAL = (
+    "p: first a sign-flip test over the test rows, whose scores are summed over the seeds, then a paired t-test over "
+    "the seeds"
+)
+
+
+def _given(budget: Found) -> list[str]:
+    rates = ", ".join(f"{rate:g}" for rate in budget["learning_rates"])
+    chosen = f", of which the best on {budget['choice_rows']:,} choice rows is shown" if "," in rates else ""
+    time = "" if budget["seconds_per_run"] is None else f" of {budget['seconds_per_run']:.1f} seconds"
+    return [
+        f"Every method had the same start of the student and {budget['steps']:,} steps of at most "
+        f"{budget['batch_size']} rows ({budget['epochs']:g} epochs of {budget['rows']:,} rows).",
+        f"Runs per method: {budget['runs_per_method']}{time}; seeds {', '.join(map(str, budget['seeds']))}; learning "
+        f"rates {rates}{chosen}. Scored on {budget['test_rows']:,} test rows.",
+    ]
 
 
 def markdown(found: Found) -> str:
