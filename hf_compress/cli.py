@@ -360,7 +360,7 @@ def sweep(
     from hf_compress_evaluation import table
     from hf_compress_evaluation.sweep import tables
 
-    from . import files, sweeping
+    from . import entries, files, sweeping
     from .errors import ConfigurationError, UnknownNameError
     from .recipe import read_recipe
 
@@ -375,7 +375,7 @@ def sweep(
     _quiet()
     swept = sweeping.run(
         read_recipe(recipe),
-        sweeping.entries(methods),
+        entries.read(methods),
         seeds=seeds,
         learning_rates=rates,
         alone=alone,

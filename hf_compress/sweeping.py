@@ -22,36 +22,21 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import yaml
 from hf_compress_evaluation import quality
 from hf_compress_evaluation.sweep import plot, tables
-from hf_compress_evaluation.sweep.summary import ALONE, TEACHER, Row, summarise
+from hf_compress_evaluation.sweep.summary import TEACHER, Row, summarise
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
 from . import facts, files, fitting, registry, ship
+from .entries import ALONE, DEFAULT, Entry
 from .errors import ConfigurationError, ForeignFileError
-from .recipe import Export, Recipe, Use, objectives, validated
+from .recipe import Export, Recipe, objectives
 
 logger = logging.getLogger(__name__)
 
-DEFAULT = "default"
-"""Stands for the default of the recipe's task."""
 RESULT, BUDGET, ROWS = "sweep.json", "budget.json", "rows"
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What is compared with others: one or several objectives, the default of the task, or no teacher at all."""
-
-    name: str
-    uses: tuple[Use, ...] = ()
-    """Empty: the default, or alone."""
-
-    @property
-    def taught(self) -> bool:
-        return self.name != ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,40 +52,6 @@ class Swept:
     def failed(self) -> tuple[str, ...]:
         """Methods of which a run failed."""
         return tuple(one["method"] for one in self.found["methods"] if one["error"])
-
-
-def entries(text: str) -> tuple[Entry, ...]:
-    """The methods of a list like `kd,kd:temperature=4,kd+features:layers=[1,2],default`.
-
-    `+` joins methods, `:name=value` sets one of the last method's settings or its weight; values are YAML.
-
-    Raises:
-        ConfigurationError: for an entry that cannot be read, or is there twice.
-    """
-    names = [each.strip() for each in re.split(r",(?![^\[]*\])", text)]
-    if len(set(names)) < len(names) or "" in names:
-        raise ConfigurationError(f"--methods {text}: an entry is empty or there twice. Name each once, e.g. a,b,a+b.")
-    return tuple(Entry(name=name, uses=() if name in (DEFAULT, ALONE) else _uses(name)) for name in names)
-
-
-def _uses(name: str) -> tuple[Use, ...]:
-    return tuple(_use(each) for each in re.split(r"\+(?=[A-Za-z_])", name))
-
-
-def _use(text: str) -> Use:
-    method, *settings = text.split(":")
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not (key and equals):
-            raise ConfigurationError(f"--methods: {text!r} cannot be read. Settings are :name=value after a method.")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigurationError(
-                f"--methods: the value in {setting!r} is no YAML. Write a number or text."
-            ) from error
-    return validated(Use, {**values, "name": method}, f"--methods, {text}")
 
 
 def run(
@@ -422,7 +373,7 @@ class _Timed(TrainerCallback):  # type: ignore[misc]  # transformers is not type
 
 def _file_name(method: str, rate: float | None) -> str:
     """One for each method and learning rate, whatever signs the method's settings hold."""
-    return quote(method, safe="") + ("" if rate is None else f"-{rate!r}")
+    return quote(method, safe="+=,[]") + ("" if rate is None else f"-{rate!r}")
 
 
 def _said(error: BaseException) -> str:

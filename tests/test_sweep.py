@@ -24,7 +24,7 @@ from recipes import ROWS, write_inputs
 from transformers import TrainerState
 from typer.testing import CliRunner
 
-from hf_compress import DistillCallback, cli, facts, fitting, sweeping
+from hf_compress import DistillCallback, cli, entries, facts, fitting, sweeping
 from hf_compress.errors import ConfigurationError, ForeignFileError, HfCompressError, UnknownNameError
 from hf_compress.recipe import Recipe, read_recipe
 
@@ -49,7 +49,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(recipe: Path | Recipe, methods: str, output: Path, **settings: Any) -> sweeping.Swept:
     given = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     quiet = {"tell": lambda line: None, "progress": False}
-    return sweeping.run(given, sweeping.entries(methods), output=output, **(quiet | settings))
+    return sweeping.run(given, entries.read(methods), output=output, **(quiet | settings))
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +277,8 @@ def test_the_message_of_an_error_keeps_no_folder() -> None:
         ("kd:temprature=4", {}, ConfigurationError, "has no setting"),
         ("kd:temperature=hot", {}, ConfigurationError, "kd"),
         ("kd:temperature", {}, ConfigurationError, "cannot be read"),
+        ("kd:temperature=1:temperature=2", {}, ConfigurationError, "each once"),
+        ("kd:name=features", {}, ConfigurationError, "each once"),
         ("kd:temperature=[1", {}, ConfigurationError, "is no YAML"),
         ("kd,diswot", {}, ConfigurationError, "'diswot' has no objective to train with, it is a search"),
         ("gkd", {}, ConfigurationError, "'gkd' is for text-generation.* not for text-classification"),
@@ -324,13 +326,13 @@ def test_the_command_refuses_a_format_and_rates_that_it_does_not_know(recipe: Pa
 
 
 def test_methods_are_read_with_their_settings() -> None:
-    one, two, three = sweeping.entries("kd:temperature=4:weight=0.5+features:layers=[0, 1], default,alone")
+    one, two, three = entries.read("kd:temperature=4:weight=0.5+features:layers=[0, 1], default,alone")
     assert [(use.name, use.weight, use.settings) for use in one.uses] == [
         ("kd", 0.5, {"temperature": 4}),
         ("features", 1.0, {"layers": [0, 1]}),
     ]
     assert (two.uses, two.taught, three.taught) == ((), True, False)
-    assert [use.settings for use in sweeping.entries("kd:temperature=1.0e+1")[0].uses] == [{"temperature": 10.0}]
+    assert [use.settings for use in entries.read("kd:temperature=1.0e+1")[0].uses] == [{"temperature": 10.0}]
 
 
 # ---------------------------------------------------------------------- the tests

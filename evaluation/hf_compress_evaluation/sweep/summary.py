@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from hf_compress.entries import ALONE
 from hf_compress_evaluation import intervals
 
 from . import paired
 
-ALONE, TEACHER = "alone", "teacher"
-"""The student's start trained on the labels without a teacher; and whom the others learn from."""
+TEACHER = "teacher"
+"""Whom the others learn from; its rows stand beside theirs."""
 Scores = NDArray[np.float64]
 
 

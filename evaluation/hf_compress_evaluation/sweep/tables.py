@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from hf_compress_cards import text
 
-from .summary import ALONE
+from hf_compress.entries import ALONE
 
 MISSING = "—"
 Found = Mapping[str, Any]
