@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -351,6 +352,71 @@ def compress(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[
+        Path, typer.Argument(help="Its file: data, teacher, student, training; its methods are left out.")
+    ],
+    methods: Annotated[
+        str, typer.Option(help="A list with commas: methods, + joins them, :name=value sets; or default.")
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, from the recipe's seed on.")] = 1,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="A list with commas, the same for each method; chosen on data.choice.")
+    ] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone/--no-alone", help="Compare with training without the teacher.")
+    ] = True,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; without it the recipe's with -sweep.")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="Print markdown, csv or latex.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods at an equal budget, with paired tests; exit code 1 if a run failed, the others go on.
+
+    What is finished is not done again. The folder holds sweep.json, and the same numbers as sweep.md, sweep.csv,
+    sweep.tex and sweep.svg.
+    """
+    from hf_compress_evaluation import table
+    from hf_compress_evaluation.sweep import tables
+
+    from . import entries, files, sweeping
+    from .errors import ConfigurationError, UnknownNameError
+    from .recipe import read_recipe
+
+    if form is not None and form not in tables.FORMATS:
+        raise UnknownNameError("format", form, tables.FORMATS)
+    try:
+        rates = [float(each) for each in learning_rates.split(",")] if learning_rates else []
+    except ValueError as error:
+        raise ConfigurationError(f"--learning-rates {learning_rates}: expected numbers, e.g. 2e-5,5e-5.") from error
+    given = {"--methods": methods, "--seeds": seeds, "--learning-rates": learning_rates}
+    told = [f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+    _quiet()
+    swept = sweeping.run(
+        read_recipe(recipe),
+        entries.read(methods),
+        seeds=seeds,
+        learning_rates=rates,
+        alone=alone,
+        output=output,
+        command=" ".join(["hf-compress sweep", shlex.quote(recipe.name), *told, *([] if alone else ["--no-alone"])]),
+        tell=_tell,
+        progress=not as_json and sys.stderr.isatty(),
+    )
+    if as_json:
+        print(json.dumps(swept.found, indent=1))
+    elif form is not None:
+        print(tables.FORMATS[form][1](swept.found), end="")
+    else:
+        rows = [tuple(map(table.plain, row.values())) for row in tables.rows(swept.found)]
+        below = [table.plain(line) for line in tables.below(swept.found)]
+        _print_table(tuple(map(table.plain, tables.columns(swept.found))), rows, below, whole="method")
+    _tell(f"wrote sweep.json, its tables and its plot to {swept.folder.name}/")
+    if swept.failed:
+        _tell(f"failed: {files.printable(', '.join(swept.failed))}")
+        raise typer.Exit(1)
+
+
+@app.command()
 def distill(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder of a fine-tuned model.")],
     task: Annotated[str, typer.Option(help="text-classification")],
@@ -510,12 +576,15 @@ def _console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=150)
 
 
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], below: Sequence[str] = ()) -> None:
+def _print_table(
+    columns: tuple[str, ...], rows: list[tuple[str, ...]], below: Sequence[str] = (), *, whole: str | None = None
+) -> None:
+    """`whole`: a column whose cells are neither broken nor cut."""
     from rich.table import Table
 
     table = Table(caption="\n".join(below) or None, caption_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == whole)
     for row in rows:
         table.add_row(*row)
     _console().print(table)

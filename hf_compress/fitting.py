@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -54,18 +54,21 @@ def fit(
     target: Path,
     *,
     seed: int,
+    steps: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    progress: bool = True,
+    progress: Bars = True,
 ) -> PreTrainedModel:
     """Trains a model and writes it with its tokenizer to `target`, whole or not at all.
 
     Checkpoints lie beside it in `.<name>.training` until it is done; one that is left by a killed run is continued.
+    `steps` of the optimizer, where they are given, take the place of `fitting.epochs`.
     """
     work = unfinished(target)
     arguments = TrainingArguments(
         str(work),
         learning_rate=fitting.learning_rate,
         num_train_epochs=fitting.epochs,
+        max_steps=-1 if steps is None else steps,
         per_device_train_batch_size=fitting.batch_size,
         warmup_steps=fitting.warmup,
         weight_decay=fitting.weight_decay,
@@ -91,7 +94,7 @@ def fit(
     return model
 
 
-def train_into(trainer: Trainer, target: Path, *, progress: bool = True) -> None:
+def train_into(trainer: Trainer, target: Path, *, progress: Bars = True) -> None:
     """Trains, from the last checkpoint where one is left, and writes model and tokenizer to `target`.
 
     The Trainer's output_dir is `unfinished(target)`; it is removed in the end.
@@ -101,7 +104,7 @@ def train_into(trainer: Trainer, target: Path, *, progress: bool = True) -> None
     left = _last_checkpoint(work)
     if left is not None:
         logger.info("  %s: continues from %s", target.name, left.name)
-    with _Shown(target.name, bar=progress) as shown:
+    with _Shown(target.name, progress) as shown:
         trainer.add_callback(shown)
         trainer.train(resume_from_checkpoint=None if left is None else str(left))
     with files.atomic_folder(target) as part:
@@ -112,12 +115,34 @@ def train_into(trainer: Trainer, target: Path, *, progress: bool = True) -> None
     shutil.rmtree(work, ignore_errors=True)
 
 
+def bars(visible: bool) -> Progress:
+    """Progress bars on stderr, which go when they are done; several tasks may share one display."""
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not visible,
+    )
+
+
+Bars = bool | Progress
+"""Whether bars are shown, or the display of `bars` that a task is added to."""
+
+
+def visible(progress: Bars) -> bool:
+    """Whether a measurement may show a bar of its own, which a display that is shown already does not allow."""
+    return progress is True
+
+
 @contextmanager
 def shown(name: str, total: int, *, bar: bool) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr; gives what to call after each of `total` steps."""
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not bar) as progress:
-        task = progress.add_task(name, total=total)
+    with bars(bar) as progress:
+        task = progress.add_task(name, total=total, loss="")
         yield lambda: progress.advance(task)
 
 
@@ -140,25 +165,22 @@ def _last_checkpoint(work: Path) -> Path | None:
 class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for mypy
     """How far a training is: a bar, or where none is wanted a log line now and then. On stderr."""
 
-    def __init__(self, name: str, *, bar: bool) -> None:
+    def __init__(self, name: str, progress: Bars) -> None:
         self.name = name
-        self.bar = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not bar,
-        )
+        self.shared = isinstance(progress, Progress)
+        self.bar = progress if isinstance(progress, Progress) else bars(progress)
+        self.task: TaskID | None = None
 
     def __enter__(self) -> _Shown:
-        self.bar.start()
+        if not self.shared:
+            self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        if not self.shared:
+            self.bar.stop()
+        elif self.task is not None:
+            self.bar.remove_task(self.task)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,7 +188,8 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
         self.task = self.bar.add_task(self.name, total=state.max_steps, completed=state.global_step, loss="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
+        if self.task is not None:
+            self.bar.update(self.task, completed=state.global_step)
 
     def on_log(
         self,
@@ -178,7 +201,8 @@ class _Shown(TrainerCallback):  # type: ignore[misc]  # transformers is not type
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        self.bar.update(self.task, loss=f"loss {logs['loss']:.4g}")
+        if self.task is not None:
+            self.bar.update(self.task, loss=f"loss {logs['loss']:.4g}")
         if self.bar.disable:
             logger.info("  %s: step %d of %d, loss %.4g", self.name, state.global_step, state.max_steps, logs["loss"])
 

@@ -191,7 +191,10 @@ def objective(name: str) -> type[Objective]:
     """
     found = get(name).load().objective
     if found is None:
-        raise ConfigurationError(f"method {name!r} has no objective to train with; see `hf-compress methods`.")
+        raise ConfigurationError(
+            f"method {name!r} has no objective to train with, it is a {' and a '.join(get(name).parts)}; "
+            "see `hf-compress methods`."
+        )
     return found
 
 

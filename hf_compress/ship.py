@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +24,14 @@ from hf_compress_evaluation import folder as evaluation
 from hf_compress_evaluation.examples import Examples, classes, examples, read_rows
 from hf_compress_evaluation.quality import longest
 from hf_compress_evaluation.task import Task
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 
 from . import facts, files, fitting, foreign, hub, licences
 from .callback import DistillCallback
 from .errors import ConfigurationError, GateError, MismatchError
 from .facts import Measurement, Record
 from .onnx import Gate, export_onnx, quantize_onnx
-from .recipe import Recipe, objectives
+from .recipe import Fitting, Recipe, objectives
 from .shrinking import shrink
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def run(recipe: Recipe, *, tell: Tell = logger.info, progress: bool = True) -> S
         HfCompressError: of the stage that failed; what earlier stages made is kept.
         OSError: if the output folder cannot be written.
     """
-    work = _Work(recipe, tell, progress)
+    work = Work(recipe, tell, progress)
     work.check()
     for name, stage, inputs in work.stages():
         work.once(name, stage, inputs)
@@ -89,11 +89,15 @@ def run(recipe: Recipe, *, tell: Tell = logger.info, progress: bool = True) -> S
     )
 
 
-class _Work:
-    """One recipe under way: its folders, its data, the notes of what is done."""
+class Work:
+    """One recipe under way: its folders, its data, the notes of what is done.
 
-    def __init__(self, recipe: Recipe, tell: Tell, progress: bool) -> None:
-        self.recipe, self.tell, self.progress = recipe, tell, progress
+    `run` takes all its stages; a comparison takes the teacher, and trains students from the same start beside it.
+    """
+
+    def __init__(self, recipe: Recipe, tell: Tell, progress: fitting.Bars) -> None:
+        self.recipe, self.tell, self.bars = recipe, tell, progress
+        self.progress = fitting.visible(progress)
         self.output = Path(recipe.output)
         self.student = self.output / "student"
         self.notes_file = self.output / NOTES
@@ -106,7 +110,7 @@ class _Work:
     def stages(self) -> list[tuple[str, Callable[[], None], Any]]:
         """Name, action and the settings that decide its product, in order; `AFTER` says what else does."""
         recipe = self.recipe
-        origin = [recipe.teacher, self._teacher_digest, recipe.teacher_training, recipe.seed, self._data_digest]
+        origin = [recipe.teacher, self.teacher_digest, recipe.teacher_training, recipe.seed, self.data_digest]
         made: list[tuple[str, Callable[[], None], Any]] = [("teacher", self._teacher, origin)]
         if recipe.alone is not None:
             shared = recipe.training.model_dump(exclude={"learning_rate", "epochs"})
@@ -229,7 +233,7 @@ class _Work:
         return foreign.config(self.recipe.teacher, use=_AS_TEACHER[0])
 
     @cached_property
-    def _teacher_digest(self) -> dict[str, str]:
+    def teacher_digest(self) -> dict[str, str]:
         """What lies in a teacher's folder; that of a hub id is its name."""
         folder = Path(self.recipe.teacher)
         found = [*folder.glob("*.safetensors"), *folder.glob("*.json")] if folder.is_dir() else []
@@ -266,7 +270,8 @@ class _Work:
         )
 
     @cached_property
-    def _data_digest(self) -> list[Any]:
+    def data_digest(self) -> list[Any]:
+        """How the data are read, and the hash of each file by part."""
         parts = [name for name in ("train", "unlabelled", "choice", "test") if getattr(self.recipe.data, name)]
         settings = self.recipe.data.model_dump(exclude={"train", "unlabelled", "choice", "test"})
         return [settings, {name: files.sha256(Path(getattr(self.recipe.data, name))) for name in parts}]
@@ -291,7 +296,7 @@ class _Work:
     def _teacher(self) -> None:
         recipe = self.recipe
         if recipe.teacher_training is None:
-            self._load_teacher()
+            self.load_teacher()
             return
         transformers.set_seed(recipe.seed)
         body = _loaded(
@@ -303,23 +308,31 @@ class _Work:
         tokenizer = foreign.tokenizer(recipe.teacher)
         rows = self.encoded("train", body, tokenizer)
         target = self.output / "teacher"
-        fitting.fit(body, tokenizer, rows, recipe.teacher_training, target, seed=recipe.seed, progress=self.progress)
+        fitting.fit(body, tokenizer, rows, recipe.teacher_training, target, seed=recipe.seed, progress=self.bars)
 
-    def _load_teacher(self) -> PreTrainedModel:
+    def prepare_teacher(self) -> None:
+        """The stage of the teacher alone, unless it is done."""
+        self.once(*self.stages()[0])
+
+    def load_teacher(self) -> tuple[PreTrainedModel, Any]:
+        """Teacher and tokenizer, after its stage.
+
+        Raises:
+            MismatchError: if it lacks weights.
+        """
         teacher, report = _loaded(self.teacher, report=True)
         if report["missing_keys"]:
             raise MismatchError(
                 f"the teacher has no weights for {sorted(report['missing_keys'])[:3]}. Give a fine-tuned classifier, "
                 "or add `teacher_training: {}` to the recipe."
             )
-        model: PreTrainedModel = teacher
-        return model
+        return teacher, foreign.tokenizer(self.teacher)
 
     def _start(self) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
         """Teacher, student at its start, tokenizer."""
-        teacher = self._load_teacher()
+        teacher, tokenizer = self.load_teacher()
         student = shrink(teacher, layers=_layers(self.recipe.student.layers), keep=self.recipe.student.keep)
-        return teacher, student, foreign.tokenizer(self.teacher)
+        return teacher, student, tokenizer
 
     def _alone(self) -> None:
         """Trains the baseline at each learning rate, keeps the best on data.choice, and notes how each did."""
@@ -327,14 +340,12 @@ class _Work:
         candidates = self.output / "alone-candidates"
         scores: dict[str, float] = {}
         for rate in self.recipe.alone.learning_rates:
-            _, student, tokenizer = self._start()
             target = candidates / f"alone-{rate:g}"
             settings = {"learning_rate": rate, "epochs": self.recipe.alone.epochs}
             how = self.recipe.training.model_copy(update=settings)
             done = target / "score.json"
             if not done.exists():
-                rows = self.encoded("train", student, tokenizer)
-                fitting.fit(student, tokenizer, rows, how, target, seed=self.recipe.seed, progress=self.progress)
+                student, tokenizer = self.train(target, how, parts=("train",), taught=False)
                 score = fitting.accuracy(student, tokenizer, self.encoded("choice", student, tokenizer))
                 files.write_text(done, json.dumps({"accuracy": score}))
             scores[f"{rate:g}"] = files.read_json(done)["accuracy"]
@@ -346,29 +357,56 @@ class _Work:
         shutil.rmtree(candidates, ignore_errors=True)
 
     def _distil(self, name: str, *, unlabelled: bool) -> None:
+        parts = ("train", "unlabelled") if unlabelled and self.recipe.data.unlabelled is not None else ("train",)
+        self.train(self.output / name, self.recipe.training, parts=parts)
+
+    def train(
+        self,
+        target: Path,
+        how: Fitting,
+        *,
+        parts: Sequence[str],
+        taught: bool = True,
+        steps: int | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> tuple[PreTrainedModel, Any]:
+        """Trains the student's start on parts of the data and writes it to `target`, with the recipe's seed.
+
+        Args:
+            target: folder; checkpoints of a killed run beside it are continued.
+            how: learning rate, batch size, epochs.
+            parts: of the data, e.g. ("train", "unlabelled").
+            taught: with the recipe's methods; False: on the labels, without the teacher.
+            steps: of the optimizer; None: `how.epochs`.
+            callbacks: further ones.
+
+        Returns:
+            student and tokenizer.
+        """
         teacher, student, tokenizer = self._start()
-        rows = self.encoded("train", student, tokenizer)
-        data = self.recipe.data
-        if unlabelled and data.unlabelled is not None:
-            rows = datasets.concatenate_datasets([rows, self.encoded("unlabelled", student, tokenizer)])
-        callback = DistillCallback(
-            teacher,
-            objectives(self.recipe),
-            alpha=self.recipe.alpha,
-            task_weight=self.recipe.task_weight,
-            data=data.name or self._name("train"),
-            data_licence=data.licence,
-        )
+        rows = [self.encoded(part, student, tokenizer) for part in parts]
+        if taught:
+            distilling = DistillCallback(
+                teacher,
+                objectives(self.recipe),
+                alpha=self.recipe.alpha,
+                task_weight=self.recipe.task_weight,
+                data=self.recipe.data.name or self._name("train"),
+                data_licence=self.recipe.data.licence,
+            )
+            callbacks = [distilling, *callbacks]
         fitting.fit(
             student,
             tokenizer,
-            rows,
-            self.recipe.training,
-            self.output / name,
+            datasets.concatenate_datasets(rows) if len(rows) > 1 else rows[0],
+            how,
+            target,
             seed=self.recipe.seed,
-            callbacks=[callback],
-            progress=self.progress,
+            steps=steps,
+            callbacks=callbacks,
+            progress=self.bars,
         )
+        return student, tokenizer
 
     def _export(self) -> None:
         settings = self.recipe.export

@@ -125,7 +125,7 @@ def stop(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(work: object) -> None:
         raise StoppedError(stage)
 
-    monkeypatch.setattr(ship._Work, stage, fail)
+    monkeypatch.setattr(ship.Work, stage, fail)
 
 
 # ---------------------------------------------------------------------- what is made
@@ -269,7 +269,7 @@ def test_a_changed_setting_runs_again_what_depends_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for stage in ("_teacher", "_alone", "_distil", "_export", "_evaluate", "_card", "_push"):
-        monkeypatch.setattr(ship._Work, stage, lambda *args, **kwargs: None)
+        monkeypatch.setattr(ship.Work, stage, lambda *args, **kwargs: None)
     assert run(again(**changes)).ran == repeated
 
 
@@ -278,7 +278,7 @@ def test_changed_rows_run_everything_again(
 ) -> None:
     other = write_rows(inputs / "other.csv", ROWS["train"], seed=1)
     for stage in ("_teacher", "_alone", "_distil", "_export", "_evaluate", "_card", "_push"):
-        monkeypatch.setattr(ship._Work, stage, lambda *args, **kwargs: None)
+        monkeypatch.setattr(ship.Work, stage, lambda *args, **kwargs: None)
     recipe = again(data={"train": other.name})
     assert run(recipe).ran == STAGES
 
@@ -287,7 +287,7 @@ def test_other_weights_in_the_teachers_folder_run_everything_again(
     again: Callable[..., Recipe], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stage in ("_teacher", "_alone", "_distil", "_export", "_evaluate", "_card", "_push"):
-        monkeypatch.setattr(ship._Work, stage, lambda *args, **kwargs: None)
+        monkeypatch.setattr(ship.Work, stage, lambda *args, **kwargs: None)
     big = Path(shutil.copytree(inputs / "big", tmp_path / "big"))
     recipe = again(teacher=str(big))
     run(recipe)
@@ -318,7 +318,7 @@ def test_a_product_that_was_deleted_is_made_again(
     again: Callable[..., Recipe], gone: str, repeated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stage in ("_alone", "_distil", "_export", "_evaluate", "_card", "_push"):
-        monkeypatch.setattr(ship._Work, stage, lambda *args, **kwargs: None)
+        monkeypatch.setattr(ship.Work, stage, lambda *args, **kwargs: None)
     recipe = again()
     shutil.rmtree(Path(recipe.output) / gone)
     assert run(recipe).ran == repeated
@@ -424,9 +424,9 @@ def test_a_checkpoint_of_other_settings_is_not_continued(
 def test_without_test_rows_the_record_still_has_what_the_export_measured(
     again: Callable[..., Recipe], untrained: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ship._Work, "_alone", lambda work: None)
-    monkeypatch.setattr(ship._Work, "_teacher", lambda work: None)
-    monkeypatch.setattr(ship._Work, "_distil", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ship.Work, "_alone", lambda work: None)
+    monkeypatch.setattr(ship.Work, "_teacher", lambda work: None)
+    monkeypatch.setattr(ship.Work, "_distil", lambda *args, **kwargs: None)
     record = run(again(data={"test": None})).record
     assert record.find("bytes", variant="onnx") is not None
     assert record.find("parity_max_abs_diff", variant="onnx") is not None

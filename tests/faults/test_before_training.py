@@ -45,14 +45,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 @pytest.fixture
 def work(
     inputs: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., ship._Work]:
+) -> Callable[..., ship.Work]:
     """`work(push=…)`: that recipe, before its first stage. A teacher `me/big` is on the hub."""
     folder, values = inputs
     config = AutoConfig.from_pretrained(folder / "big")
-    monkeypatch.setattr(ship._Work, "_teacher_config", property(lambda self: config))
+    monkeypatch.setattr(ship.Work, "_teacher_config", property(lambda self: config))
     data = {k: str(folder / v) if str(v).endswith(".csv") else v for k, v in values["data"].items()}
     known = values | {"data": data, "teacher": str(folder / "big"), "output": str(tmp_path / "made")}
-    return lambda **changes: ship._Work(validated(Recipe, known | changes, "recipe"), lambda line: None, False)
+    return lambda **changes: ship.Work(validated(Recipe, known | changes, "recipe"), lambda line: None, False)
 
 
 def grant(**rights: str) -> Callable[[Hub, pytest.MonkeyPatch], None]:
@@ -128,7 +128,7 @@ def nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_a_push_that_cannot_work_is_refused_before_training(
     hub: Hub,
-    work: Callable[..., ship._Work],
+    work: Callable[..., ship.Work],
     monkeypatch: pytest.MonkeyPatch,
     fault: Count,
     set_up: Callable[[Hub, pytest.MonkeyPatch], None],
@@ -168,7 +168,7 @@ def test_a_push_that_cannot_work_is_refused_before_training(
 )
 def test_a_push_that_can_work_is_not_refused_and_a_private_teacher_makes_it_private(
     hub: Hub,
-    work: Callable[..., ship._Work],
+    work: Callable[..., ship.Work],
     monkeypatch: pytest.MonkeyPatch,
     set_up: Callable[[Hub, pytest.MonkeyPatch], None],
     changes: dict[str, Any],
@@ -182,7 +182,7 @@ def test_a_push_that_can_work_is_not_refused_and_a_private_teacher_makes_it_priv
 
 
 def test_that_a_student_becomes_private_is_told(
-    hub: Hub, work: Callable[..., ship._Work], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, work: Callable[..., ship.Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held("me/big", gated=True)(hub, monkeypatch)
     found, told = work(push="me/small", teacher="me/big"), list[str]()
