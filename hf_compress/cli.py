@@ -278,6 +278,44 @@ def report(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Of a student, a recipe or a Trainer.")],
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub id.")] = None,
+    task: Annotated[Path | None, typer.Option(help="Task file that names the test rows.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The training rows: csv, jsonl or parquet.")] = None,
+    alone: Annotated[str | None, typer.Option(help="The same student trained without the teacher.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the texts; else the task file's, else text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the labels; else the task file's, else label.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens that training kept of a row.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows, and test rows, that models are run on.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Look for why a distillation did not help: each figure with a verdict and a remedy, worst first.
+
+    RUN is a student's folder, the output folder of a recipe, or that of a Trainer with checkpoints. What was not looked
+    at is listed with the option that would. Nothing is written, and no text of your rows is shown.
+    """
+    from hf_compress_evaluation.doctor import examining, findings
+    from hf_compress_evaluation.table import plain
+
+    from . import files
+
+    _quiet()
+    progress = not as_json and sys.stderr.isatty()
+    given = examining.Given(
+        teacher=teacher, task=task, data=data, alone=alone, text=text, label=label, max_length=max_length,
+        rows=rows, progress=progress,
+    )  # fmt: skip
+    found = examining.examine(run, given)
+    if as_json:
+        print(findings.as_json(found))
+    else:
+        shown = [tuple(plain(cell) for cell in row) for row in findings.rows(found)]
+        _print_table(findings.COLUMNS, shown, [plain(line) for line in findings.left_out(found)])
+    _tell(files.printable(findings.summary(found)))
+
+
+@app.command()
 def push(
     folder: Folder,
     repository: Annotated[str, typer.Argument(help="OWNER/NAME, or the repository's URL.")],

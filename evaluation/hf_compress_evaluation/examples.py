@@ -131,14 +131,14 @@ def examples(
         raise ConfigurationError(f"{name}: no rows to evaluate on.")
     for column in (text, label):
         if column is not None and column not in rows.column_names:
-            raise _no_column(column, rows.column_names, name)
+            raise no_column(column, rows.column_names, name)
     texts = list(rows[text])
     for row, value in enumerate(texts):
         if not isinstance(value, str):
             raise ConfigurationError(
                 f"{name}: {text!r} of row {row} is {value!r}, not a text. Fill it in or drop the row."
             )
-    ids = None if label is None else label_ids(_names(rows, label), label2id, name=name)
+    ids = None if label is None else label_ids(label_values(rows, label), label2id, name=name)
     data = facts.Data(
         name=name,
         rows=len(texts),
@@ -158,7 +158,7 @@ def classes(rows: datasets.Dataset, label: str, *, name: str) -> dict[str, int]:
         MismatchError: for a label that is neither name nor id, or an id beyond the number of rows.
     """
     if label not in rows.column_names:
-        raise _no_column(label, rows.column_names, name)
+        raise no_column(label, rows.column_names, name)
     feature, values = rows.features[label], list(rows[label])
     if isinstance(feature, datasets.ClassLabel):
         return {each: index for index, each in enumerate(feature.names)}
@@ -196,7 +196,7 @@ def label_ids(values: Sequence[Any], label2id: dict[str, int], *, name: str) -> 
     return np.array(ids, np.int64)
 
 
-def _names(rows: datasets.Dataset, label: str) -> list[Any]:
+def label_values(rows: datasets.Dataset, label: str) -> list[Any]:
     """The labels; those of a ClassLabel column by name, because its order may differ from the model's."""
     values, feature = list(rows[label]), rows.features[label]
     if isinstance(feature, datasets.ClassLabel):
@@ -204,5 +204,5 @@ def _names(rows: datasets.Dataset, label: str) -> list[Any]:
     return values
 
 
-def _no_column(column: str, columns: Sequence[str], name: str) -> UnknownNameError:
+def no_column(column: str, columns: Sequence[str], name: str) -> UnknownNameError:
     return UnknownNameError(f"column in {name} (which has {', '.join(columns)})", column, columns)
