@@ -19,14 +19,16 @@ FEWEST = 8
 """Logged values that a course is told from: two for each quarter."""
 FELL = 0.02
 """Of the loss at the beginning (mean of the first quarter). A loss that falls by less has not been trained."""
+ROSE = 0.1
+"""Of the loss at the beginning, by which it ends higher: more than batches differ by."""
 DIVERGED = 0.5
-"""Of the loss at the beginning, by which it ends above its lowest quarter; or it ends above the beginning."""
+"""Of the loss at the beginning, by which it ends above its lowest quarter."""
 SPIKED = 1.5
-"""Times the largest loss of the first quarter, reached later."""
+"""Times the first logged value, reached later."""
 STILL = 0.1
 """Of the whole fall, made in the last quarter."""
-ERRORS = 2.0
-"""Standard errors that the last fall must exceed."""
+ERRORS = 3.0
+"""Standard errors that the last fall must exceed, so that noise on a plateau is none."""
 NOTHING = 0.01
 """Of the sum of all weighted terms. What is less at every logged step moves no weight that the others do not."""
 AGAINST = -0.5
@@ -71,23 +73,23 @@ def learning_curve(course: Values) -> Finding:
             meaning="The loss overflowed; what was trained from then on is noise.",
             remedy="Lower the learning rate, add warm-up, or train in bf16 instead of fp16.",
         )  # fmt: skip
-    first, third, last = (quarter(course, at) for at in (0, 2, 3))
-    start, end = float(first.mean()), float(last.mean())
-    lowest = min(float(quarter(course, at).mean()) for at in range(4))
-    scale = max(abs(start), 1e-12)
+    start, *_, end = means = [float(quarter(course, at).mean()) for at in range(4)]
+    lowest = min(means)
     figures = {"logged": len(course), "start": start, "end": end, "lowest": lowest, "highest": float(course.max())}
-    verdict, meaning, remedy = _judge(first, third, last, lowest, scale, float(course.max()))
+    verdict, meaning, remedy = _judge(course, lowest)
     return Finding(
         name=name, verdict=verdict, looked_at=looked, figure=f"{start:.4g} in the first quarter, {end:.4g} in the last",
         values=figures, meaning=meaning, remedy=remedy,
     )  # fmt: skip
 
 
-def _judge(
-    first: Values, third: Values, last: Values, lowest: float, scale: float, highest: float
-) -> tuple[Verdict, str, str]:
-    start, end = float(first.mean()), float(last.mean())
-    if end > start + FELL * scale or end - lowest > DIVERGED * scale:
+def _judge(course: Values, lowest: float) -> tuple[Verdict, str, str]:
+    begun, highest = float(course[0]), float(course.max())
+    third, last = quarter(course, 2), quarter(course, 3)
+    start, end = float(quarter(course, 0).mean()), float(last.mean())
+    scale = max(abs(start), 1e-12)
+    jumped = begun > 0 and highest > SPIKED * begun
+    if end > start + ROSE * scale or end - lowest > DIVERGED * scale or (jumped and end > begun):
         return "bad", "The loss ended above where it had been: it diverged.", "Lower the learning rate; add warm-up."
     if start - end < FELL * scale:
         return (
@@ -95,12 +97,8 @@ def _judge(
             "The loss never fell: the weights hardly moved, or nothing was to be learned.",
             "Raise the learning rate, and check that the body is not frozen.",
         )
-    if highest > SPIKED * float(first.max()):
-        return (
-            "look",
-            "The loss jumped above where it began.",
-            "Lower the learning rate, add warm-up or clip gradients.",
-        )
+    if jumped:
+        return "look", "The loss jumped above where it began.", "Lower the learning rate, or add warm-up."
     falling = float(third.mean()) - end
     error = ERRORS * float(np.sqrt(third.var() / len(third) + last.var() / len(last)))
     if falling > STILL * (start - end) and falling > error:
@@ -157,6 +155,8 @@ def weight_of_terms(log: Sequence[Mapping[str, Any]], training: Training | None)
             if np.isfinite(total):
                 shares.setdefault(term, []).append(size / total if total else 0.0)
     largest = {term: max(found) for term, found in shares.items()}
+    if not largest:
+        return not_looked_at(name, "no log entry has finite terms")
     idle = [term for term, share in largest.items() if share < NOTHING]
     taught = [term for term in largest if term != "task"]
     useless = bool(taught) and all(term in idle for term in taught)

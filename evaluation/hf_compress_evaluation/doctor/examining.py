@@ -88,7 +88,10 @@ def examine(run: Path, given: Given) -> tuple[Finding, ...]:
         except HfCompressError as error:
             blocked = f"the student cannot be run: {error}"
         else:
-            found |= {one.name: one for one in _looked_into(place, student, given)}
+            weights = _weights(student.model)
+            found[weights.name] = weights
+            if (blocked := _unfit(student, weights)) is None:
+                found |= {one.name: one for one in _looked_into(place, student, given)}
     else:
         blocked = "models are run for text classification alone"
     missing = [name for name in ORDER if name not in found]
@@ -129,15 +132,12 @@ def _left_behind(place: places.Place) -> list[Finding]:
 
 def _looked_into(place: places.Place, student: Candidate, given: Given) -> list[Finding]:
     """From models and rows."""
-    weights = _weights(student.model)
     names = {int(index): str(name) for index, name in student.model.config.id2label.items()}
-    if weights.verdict == "bad" or len(names) < 2:
-        return [weights]
     teacher = None if given.teacher is None else torch_candidate("teacher", given.teacher, "cpu")
     theirs = None if teacher is None else {int(i): str(n) for i, n in teacher.model.config.id2label.items()}
     task = None if given.task is None else read_task(given.task)
     tables = _tables(task, given, {name: index for index, name in names.items()})
-    found = [weights]
+    found = []
     if teacher is not None or any(table.names for table in tables.values()):
         worst = max(tables.values(), key=lambda table: (table.unknown, table.names), default=None)
         unknown, known = (0, 0) if worst is None else (worst.unknown, worst.names)
@@ -168,6 +168,15 @@ def _weights(model: Any) -> Finding:
         meaning="The training broke down; such a student decides nothing." if broken else "",
         remedy="Lower the learning rate, add warm-up, or train in bf16 instead of fp16." if broken else "",
     )
+
+
+def _unfit(student: Candidate, weights: Finding) -> str | None:
+    """Why the student's decisions cannot be looked at; None: they can."""
+    if weights.verdict == "bad":
+        return "the student's weights are no numbers"
+    config = student.model.config
+    single = config.num_labels > 1 and config.problem_type not in ("regression", "multi_label_classification")
+    return None if single else "the student does not choose one class a row"
 
 
 def _longest(student: Candidate) -> int:
@@ -301,7 +310,7 @@ def _gradients(place: places.Place, student: Candidate, teacher: Candidate, tabl
     table = table.sample(gradients.BATCHES * gradients.BATCH)
     encoded = fitting.encode(student.tokenizer, table.texts, np.asarray(table.labels), limit)
     try:
-        pulls, left = gradients.measure(student.model, teacher.model, student.tokenizer, training, encoded)
+        pulls = gradients.measure(student.model, teacher.model, student.tokenizer, training, encoded)
     except HfCompressError as error:
         return not_looked_at("gradients", f"the run cannot be put together again: {error}")
-    return gradients.judge(pulls, left, len(table.texts))
+    return gradients.judge(pulls, len(table.texts))

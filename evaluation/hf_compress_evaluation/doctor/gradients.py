@@ -31,8 +31,10 @@ BATCHES, BATCH = 4, 16
 NOTHING = 0.01
 """Of the sum of all norms: a term that pulls less does nothing where the student is."""
 CONFLICT = -0.2
-"""Cosine with the task's gradient. Below 0 the two pull apart; where both are learned they balance each other, so that
-a negative cosine alone is no fault."""
+"""Cosine with the task's gradient, below which the two pull apart."""
+BALANCED = 0.3
+"""Norm of the sum over the sum of norms. At a minimum of the total the terms cancel, so there a negative cosine is no
+fault: less is left than that."""
 TASK = "task"
 
 
@@ -44,6 +46,18 @@ class Pull:
     norm: float
     cosine: float | None
     """With the task's; None: there is none, or one of the two is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulls:
+    """All of a run's terms."""
+
+    terms: tuple[Pull, ...]
+    """The task's first, where it has a weight."""
+    left: float
+    """Norm of the sum over the sum of norms, in 0 … 1; 0 where there is none."""
+    without: tuple[str, ...]
+    """Methods that learned parts of their own, whose gradients cannot be taken."""
 
 
 def objectives(training: Training) -> list[Objective]:
@@ -69,7 +83,7 @@ def measure(
     tokenizer: Any,
     training: Training,
     rows: datasets.Dataset,
-) -> tuple[list[Pull], list[str]]:
+) -> Pulls:
     """The pulls of task and terms on a few batches, without dropout.
 
     Args:
@@ -78,9 +92,6 @@ def measure(
         tokenizer: the student's.
         training: the record.
         rows: `input_ids`, `attention_mask` and `labels`, unpadded.
-
-    Returns:
-        the pulls, and the names of methods that learn parts of their own and were left out.
 
     Raises:
         HfCompressError: if the run cannot be put together again: other columns or frozen models are needed.
@@ -113,16 +124,16 @@ def measure(
             student.zero_grad(set_to_none=True)
 
 
-def _pulls(run: Run, student: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> tuple[list[Pull], list[str]]:
+def _pulls(run: Run, student: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> Pulls:
     made = run.distiller.objectives
-    left = [one.name for one in made if next(one.parameters(), None) is not None or one.overrides("networks")]
+    without = [one.name for one in made if next(one.parameters(), None) is not None or one.overrides("networks")]
     weights, own = [one.weight for one in made], run.task_weight
     inside = body(student)
     parameters = [each for each in (inside or student).parameters() if each.requires_grad]
     found: dict[str, Tensor] = {}
     try:
         for place in (-1, *range(len(made))):
-            if place >= 0 and made[place].name in left:
+            if place >= 0 and made[place].name in without:
                 continue
             for index, one in enumerate(made):
                 one.weight = weights[index] if index == place else 0.0
@@ -134,13 +145,15 @@ def _pulls(run: Run, student: PreTrainedModel, batches: Sequence[Mapping[str, Te
             one.weight = weight
         run.task_weight = own
     task = found.get(TASK)
-    pulls = []
+    terms = []
     for key, gradient in found.items():
         norm = float(gradient.norm())
         other = None if task is None or key == TASK else norm * float(task.norm())
         cosine = float(gradient @ task) / other if other and task is not None else None
-        pulls.append(Pull(term=TASK if key == TASK else run.distiller.label(key), norm=norm, cosine=cosine))
-    return pulls, left
+        terms.append(Pull(term=TASK if key == TASK else run.distiller.label(key), norm=norm, cosine=cosine))
+    total = sum(term.norm for term in terms)
+    rest = float(torch.stack(list(found.values())).sum(0).norm()) / total if total else 0.0
+    return Pulls(terms=tuple(terms), left=rest, without=tuple(without))
 
 
 def _mean(
@@ -160,33 +173,32 @@ def _mean(
     return total / len(batches)
 
 
-def judge(pulls: Sequence[Pull], left: Sequence[str], rows: int) -> Finding:
+def judge(pulls: Pulls, rows: int) -> Finding:
     """Whether a term pulls at all, and with or against the task."""
-    name = "gradients"
-    terms = [pull for pull in pulls if pull.term != TASK]
-    total = sum(pull.norm for pull in pulls)
+    name, without = "gradients", ", ".join(pulls.without)
+    terms = [pull for pull in pulls.terms if pull.term != TASK]
+    total = sum(pull.norm for pull in pulls.terms)
     if not terms or total == 0:
-        why = f"{', '.join(left)} learned parts that a model folder does not hold" if left else "no term has a gradient"
+        why = f"{without} learned parts that a model folder does not hold" if without else "no term has a gradient"
         return not_looked_at(name, f"cannot be taken: {why}")
     idle = [pull.term for pull in terms if pull.norm < NOTHING * total]
-    apart = [
-        pull.term for pull in terms if pull.cosine is not None and pull.cosine < CONFLICT and pull.term not in idle
-    ]
-    shown = [
-        f"{pull.term} {pull.norm:.3g}{'' if pull.cosine is None else f' (cosine {pull.cosine:+.2f})'}" for pull in pulls
-    ]
+    pulling = [pull for pull in terms if pull.term not in idle]
+    apart = [pull.term for pull in pulling if pull.cosine is not None and pull.cosine < CONFLICT]
+    apart = apart if pulls.left > BALANCED else []
+    shown = [f"{p.term} {p.norm:.3g}" + ("" if p.cosine is None else f" (cosine {p.cosine:+.2f})") for p in pulls.terms]
     meanings = [
         *([f"{', '.join(idle)}: no pull on the body where the student is."] if idle else []),
-        *([f"{', '.join(apart)}: pulls against the labels; at a minimum of the sum that is so."] if apart else []),
+        *([f"{', '.join(apart)}: pulls against the labels, and the two are not in balance."] if apart else []),
     ]
     remedies = [
         *(["Raise its weight if it has not been learned yet, or leave it out."] if idle else []),
-        *(["If the task's loss is not low yet, shift the weight (alpha)."] if apart else []),
+        *(["Train longer, or shift the weight (alpha) to the one that counts."] if apart else []),
     ]
-    values = {f"{pull.term} norm": pull.norm for pull in pulls}
-    values |= {f"{pull.term} cosine": pull.cosine for pull in pulls if pull.cosine is not None}
-    without = f", without {', '.join(left)}, which learned parts of their own" if left else ""
+    values = {f"{pull.term} norm": pull.norm for pull in pulls.terms} | {"left of the sum": pulls.left}
+    values |= {f"{pull.term} cosine": pull.cosine for pull in pulls.terms if pull.cosine is not None}
+    aside = f", without {without}, which learned parts of their own" if without else ""
     return judged(
-        name, "look" if meanings else "ok", of=f"weighted gradients on the body, {rows} training rows{without}",
-        figure=", ".join(shown), values=values, meaning=" ".join(meanings), remedy=" ".join(remedies),
+        name, "look" if meanings else "ok", of=f"weighted gradients on the body, {rows} training rows{aside}",
+        figure=f"{', '.join(shown)}; of their sum {pulls.left:.0%} is left", values=values,
+        meaning=" ".join(meanings), remedy=" ".join(remedies),
     )  # fmt: skip
