@@ -162,6 +162,9 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="Folder or hub id.")] = None,
     alone: Annotated[str | None, typer.Option(help="The same student trained without the teacher.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of each operator, while latency is taken.")] = 1,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Also the memory of a process that serves and, by codecarbon, energy.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure quality, agreement, size and latency, and add them to the folder's record."""
@@ -169,7 +172,7 @@ def evaluate(
 
     _quiet()
     progress = not as_json and sys.stderr.isatty()
-    evaluate_folder(folder, task=task, teacher=teacher, alone=alone, threads=threads, progress=progress)
+    evaluate_folder(folder, task=task, teacher=teacher, alone=alone, threads=threads, cost=cost, progress=progress)
     _show(folder, as_json)
 
 

@@ -194,6 +194,7 @@ def test_a_teacher_whose_names_are_in_another_order_is_named(scene: Scene, tmp_p
     found = examine(scene.place / "student", scene.given(teacher=other))
     assert by_name(found)["label names"].verdict == "bad"
     assert findings.most_likely(found) == by_name(found)["label names"]
+    assert by_name(found)["teacher's accuracy"].values["test_accuracy"] < 0.1  # its logits are read by name
 
 
 def test_names_of_the_data_that_are_no_class_are_counted_and_not_shown(scene: Scene, tmp_path: Path) -> None:
@@ -648,14 +649,17 @@ def test_one_rate_against_the_best_of_three_is_unfair_where_the_student_did_not_
     assert found["rates tried"].values["best"] == 5e-5
     won = {one.name: one for one in recorded.of_measurements(changed(scene, *tried))}
     assert won["rates tried"].verdict == won["student against alone"].verdict == "ok"
-    elsewhere = equal.model_copy(update={"data": None})
-    assert recorded.of_measurements(changed(scene, elsewhere))[0].verdict == "not looked at"
+    assert equal.data is not None
+    for data in (None, equal.data.model_copy(update={"fingerprint": "of other rows"})):
+        elsewhere = equal.model_copy(update={"data": data})
+        assert recorded.of_measurements(changed(scene, elsewhere))[0].verdict == "not looked at"
 
 
 def test_harm_is_told_but_its_causes_come_first(scene: Scene) -> None:
     better = measured(scene, "alone", 1.0)
     record = changed(scene, better, learning_rate=1e-9)
     found = [*recorded.of_training(record.training), recorded.against_alone(0.5, 1.0, 200, "")]
+    assert found[2].verdict == "bad"
     likely = findings.most_likely(found)
     assert likely is not None
     assert likely.name == "learning rate"

@@ -23,6 +23,14 @@ FURTHER = {
     "kl": "KL from the teacher in nats",
 }
 """Measured if a task asks for them; shown below the table."""
+COST = {
+    "throughput": "{:,.1f} rows a second",
+    "throughput_tokens": "{:,.0f} tokens a second",
+    "peak_memory": "{:,.0f} bytes of memory",
+    "peak_gpu_memory": "{:,.0f} bytes of GPU memory",
+    "energy_per_1000_rows": "{:.3g} Wh for 1,000 rows",
+}
+"""What serving costs, at the largest timed batch; shown below the table."""
 DERIVED = ("retention", "gap_closed", "gain")
 MISSING = "—"
 NARROW = 110
@@ -62,6 +70,8 @@ class Row:
     derived: dict[str, Value | None]
     further: dict[str, Value]
     """Those of `FURTHER` that were measured."""
+    cost: dict[str, Value]
+    """Those of `COST` that were measured."""
 
 
 def rows(record: Record) -> tuple[Row, ...]:
@@ -143,6 +153,7 @@ def _row(record: Record, subject: str, variant: str) -> Row:
         latency={batch: (value("latency_median", batch=batch), value("latency_p90", batch=batch)) for batch in BATCHES},
         derived={name: value(name) for name in DERIVED},
         further={name: found for name in FURTHER if (found := value(name)) is not None},
+        cost={name: found for name in COST if (found := value(name)) is not None},
     )
 
 
@@ -166,6 +177,10 @@ def _below(record: Record, found: Sequence[Row]) -> list[str]:
         if row.further:
             said = [f"{FURTHER[name]} {_range(value)}" for name, value in row.further.items()]
             lines.append(f"{row.subject} {row.variant}: {'; '.join(said)}")
+    for row in found:
+        if row.cost:
+            said = [COST[name].format(value.value) for name, value in row.cost.items()]
+            lines.append(f"{row.subject} {row.variant}: {', '.join(said)}")
     if (lost := record.find("accuracy_drop", variant="onnx_int8")) is not None:
         kept = record.find("agreement_with_fp32", variant="onnx_int8")
         same = "" if kept is None else f"; decides like float32 in {kept.value:.3f} of the rows"
