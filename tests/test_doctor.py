@@ -344,6 +344,34 @@ def test_a_recipes_output_is_known_also_before_it_is_done(scene: Scene, tmp_path
     assert places.find(begun).student == begun / ".student.training" / "checkpoint-7"
 
 
+def test_a_recipes_baseline_is_run_where_the_record_does_not_say(scene: Scene, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    copied(scene.place / "student", made / "student")
+    copied(scene.place / "alone", made / "alone")
+    here = Given(task=scene.place / "task.yaml")
+    before = by_name(examine(made, here))["student against alone"]
+    facts.save(made / "student", facts.load(made / "student").model_copy(update={"measurements": ()}))
+    after = by_name(examine(made, here))["student against alone"]
+    assert [one.looked_at.partition(", ")[2] for one in (before, after)] == ["from the record", "measured here"]
+    assert after.values == pytest.approx(before.values)
+
+
+def test_rows_are_read_with_their_labels(tmp_path: Path) -> None:
+    """Ids, names, none at all, and those that are no class, which are counted."""
+    ids = {name: index for index, name in enumerate(LABELS)}
+    path = tmp_path / "rows.jsonl"
+    values = ["positive", 0, 1.0, -100, None, "", 7, "other", 0.5]
+    path.write_text("".join(json.dumps({"text": str(at), "label": str(v) if isinstance(v, str) else v}) + "\n"
+                            for at, v in enumerate(values) if isinstance(v, str) or v is None))  # fmt: skip
+    table = places.read(path, where="test", text="text", label="label", label2id=ids)
+    assert (table.labels.tolist(), table.names, table.unknown) == ([1, IGNORED, IGNORED, IGNORED], 2, 1)
+    assert [places._class(value, ids) for value in values] == [1, 0, 1, -100, -100, -100, None, None, None]
+    assert places._class(-1, ids) == places._class(math.nan, ids) == IGNORED
+    many = places.Table(where="test", texts=tuple(map(str, range(50))), labels=np.arange(50), names=0, unknown=0)
+    assert [int(text) for text in many.sample(7).texts] == many.sample(7).labels.tolist() == [0, 8, 16, 24, 32, 40, 49]
+    assert many.sample(50) is many
+
+
 def test_what_is_no_run_or_malformed_is_refused(scene: Scene, tmp_path: Path) -> None:
     with pytest.raises(ForeignFileError, match="no student/ and no checkpoint-N/"):
         examine(tmp_path, Given())
@@ -418,6 +446,24 @@ def test_a_method_that_learned_parts_of_its_own_is_left_out(scene: Scene) -> Non
     assert (found.without, [pull.term for pull in found.terms]) == (("features",), ["task", "kd"])
     assert "without features" in gradients.judge(found, 8).looked_at
     assert isinstance(gradients.objectives(changed)[1], Features)
+
+
+def test_a_method_that_cannot_be_made_again_leaves_the_rest(scene: Scene, tmp_path: Path) -> None:
+    """Of another installation, or one that does not run without its data."""
+    run = copied(scene.place / "student", tmp_path / "student")
+    record = facts.load(run)
+    assert record.training is not None
+    training = record.training.model_copy(update={"methods": (facts.Method(name="of_a_stranger", weight=1.0),)})
+    facts.save(run, record.model_copy(update={"training": training}))
+    found = by_name(examine(run, scene.given()))
+    assert "UnknownNameError: There is no method 'of_a_stranger'" in found["gradients"].remedy
+    assert found["tokenizers"].verdict == found["agreement on training rows"].verdict == "ok"
+
+
+def test_models_are_run_on_a_sample_and_duplicates_counted_on_all(scene: Scene) -> None:
+    found = by_name(examine(scene.place / "student", scene.given(rows=10)))
+    assert found["agreement on training rows"].values["rows"] == found["truncation"].values["rows"] == 10
+    assert found["duplicates"].values["test_rows"] == found["classes"].values["rows"] == ROWS
 
 
 def pulls(*terms: tuple[str, float, float | None], left: float = 1.0) -> Pulls:

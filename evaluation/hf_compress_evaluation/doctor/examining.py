@@ -146,8 +146,9 @@ def _looked_into(place: places.Place, student: Candidate, given: Given) -> list[
     if not tables:
         return found
     limit = min(given.max_length or (task.max_length if task else None) or 2**20, _longest(student))
-    found += _of_texts(student, teacher, tables, place, limit)
     samples = {where: table.sample(given.rows) for where, table in tables.items()}
+    found += _of_tokens(student, teacher, samples.get("training") or samples["test"], place, limit)
+    found += _of_rows(student, tables, place)
     scored = [_score(student, teacher, theirs, names, samples[where], limit, given) for where in samples]
     found += _of_predictions(scored, place)
     found += _against_alone(place, given, scored, samples.get("test"), limit)
@@ -203,23 +204,27 @@ def _usual_label(path: Path) -> str | None:
     return "label" if "label" in read_rows(path).column_names else None
 
 
-def _of_texts(
-    student: Candidate, teacher: Candidate | None, tables: Mapping[str, places.Table], place: places.Place, limit: int
+def _of_tokens(
+    student: Candidate, teacher: Candidate | None, table: places.Table, place: places.Place, limit: int
 ) -> list[Finding]:
-    table = tables.get("training") or tables["test"]
     found = texts.tokens(student.tokenizer, table.texts, limit, table.where)
     if teacher is not None:
         shared = _share_tokens(place)
         found.append(texts.tokenizers(student.tokenizer, teacher.tokenizer, table.texts, shared=shared))
-    if "training" in tables:
-        training = place.record.training
-        found.append(texts.classes(table.labels, student.model.config.num_labels))
-        if training is None or training.data.labelled is None:
-            weight = None if training is None else training.task_weight
-            known = int((table.labels != IGNORED).sum())
-            found.append(texts.labelled(len(table.labels), known, task_weight=weight, where="the training rows"))
-    if "training" in tables and "test" in tables:
-        found.append(texts.duplicates(tables["training"].texts, tables["test"].texts))
+    return found
+
+
+def _of_rows(student: Candidate, tables: Mapping[str, places.Table], place: places.Place) -> list[Finding]:
+    """Of all rows, not of a sample."""
+    if (table := tables.get("training")) is None:
+        return []
+    found, training = [texts.classes(table.labels, student.model.config.num_labels)], place.record.training
+    if training is None or training.data.labelled is None:
+        weight = None if training is None else training.task_weight
+        known = int((table.labels != IGNORED).sum())
+        found.append(texts.labelled(len(table.labels), known, task_weight=weight, where="the training rows"))
+    if "test" in tables:
+        found.append(texts.duplicates(table.texts, tables["test"].texts))
     return found
 
 
@@ -311,6 +316,6 @@ def _gradients(place: places.Place, student: Candidate, teacher: Candidate, tabl
     encoded = fitting.encode(student.tokenizer, table.texts, np.asarray(table.labels), limit)
     try:
         pulls = gradients.measure(student.model, teacher.model, student.tokenizer, training, encoded)
-    except HfCompressError as error:
-        return not_looked_at("gradients", f"the run cannot be put together again: {error}")
+    except Exception as error:  # a method may be anybody's, and without its run raise anything
+        return not_looked_at("gradients", f"the run cannot be put together again: {type(error).__name__}: {error}")
     return gradients.judge(pulls, len(table.texts))
