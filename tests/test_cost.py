@@ -229,7 +229,7 @@ def test_evaluate_measures_cost_where_it_is_asked(
     assert taken is not None
     assert (rows.how["batch"], record.find("throughput", batch=1)) == (32, None)
     assert 0 < 32 / rows.value < 10 * taken.value
-    assert "500,000,000 bytes of memory" in said.out
+    assert "500.0 MB of memory" in said.out
     assert "rows a second" in said.out
     asked.clear()
     assert command("evaluate", student, "--task", task).code == 0
@@ -267,19 +267,19 @@ def fact(metric: str, value: float, unit: str) -> Measurement:
 def test_a_card_shows_cost_in_words_and_says_what_is_missing() -> None:
     record = Record(
         measurements=(
-            fact("throughput", 1234.5, "rows/s"), fact("throughput_tokens", 82.13, "tokens/s"),
+            fact("throughput", 1234.5, "rows/s"), fact("throughput_tokens", 9876.0, "tokens/s"),
             fact("peak_memory", 5.121e8, "bytes"), fact("energy_per_1000_rows", 0.01234, "Wh"),
         )
     )  # fmt: skip
     cells = figures.other_cells(record)
     assert cells is not None
-    at = "(4 rows of 8 tokens, threads 1)"
+    at = "(batch 4, 8 tokens, threads 1)"
     assert [(row[0], row[3]) for row in cells[1]] == [
         (f"throughput {at}", "1.23 k rows/s"),
-        (f"throughput, padding included {at}", "82.1 tokens/s"),
         (f"peak memory of a process that serves {at}", "512 MB"),
         (f"energy per 1,000 rows {at}", "0.0123 Wh"),
     ]
+    assert figures.show(fact("throughput_tokens", 82.13, "tokens/s")) == "82.1 tokens/s"
     assert {"peak memory", "energy per 1,000 rows"} <= set(figures.missing(Record()))
     torch = record.model_copy(
         update={"measurements": tuple(m.model_copy(update={"variant": "torch"}) for m in record.measurements)}

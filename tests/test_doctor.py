@@ -160,7 +160,8 @@ def test_a_run_alone_is_looked_at_as_far_as_it_goes(scene: Scene) -> None:
     """What takes rows or a teacher is listed with the options that are lacking, and no others."""
     found = by_name(examine(scene.place / "student", Given()))
     assert found["agreement on training rows"].remedy == "give --teacher ID|FOLDER and --data train.csv"
-    assert found["truncation"].remedy == "give --data train.csv and --task task.yaml"
+    assert found["truncation"].remedy == "give --data train.csv or --task task.yaml"
+    assert found["duplicates"].remedy == "give --data train.csv and --task task.yaml"
     assert found["learning curve"].verdict == found["weights"].verdict == "ok"
     some = by_name(examine(scene.place / "student", Given(data=scene.place / "train.csv")))
     assert some["gradients"].remedy == "give --teacher ID|FOLDER"

@@ -30,7 +30,6 @@ SIZE = {"parameters": "parameters", "bytes": "size on disk"}
 LATENCY = {"latency_median": "median", "latency_p90": "p90"}
 COST = {
     "throughput": "throughput",
-    "throughput_tokens": "throughput, padding included",
     "peak_memory": "peak memory of a process that serves",
     "peak_gpu_memory": "peak GPU memory",
     "energy_per_1000_rows": "energy per 1,000 rows",
@@ -233,7 +232,7 @@ def _latency(
 
 def other_cells(record: Record) -> Cells | None:
     """The newest value of every metric that has no place in the other tables."""
-    placed = {*QUALITY, *SIZE, *LATENCY, *DERIVED}
+    placed = {*QUALITY, *SIZE, *LATENCY, *DERIVED, "throughput_tokens"}  # rows times length, both told with throughput
     newest = {(x.metric, x.subject, x.variant, str(x.how)): x for x in record.measurements if x.metric not in placed}
     rows: list[tuple[str, ...]] = [
         (_named(x), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()
@@ -247,7 +246,7 @@ def _named(found: Measurement) -> str:
     if isinstance(rate := how.get("learning_rate"), float):
         return f"{name} at learning rate {rate:g}"
     if found.metric in COST:
-        at = f"{how.get('batch')} rows of {how.get('length')} tokens, threads {how.get('threads')}"
+        at = f"batch {how.get('batch')}, {how.get('length')} tokens, threads {how.get('threads')}"
         return f"{COST[found.metric]} ({at})"
     if found.metric == "accuracy_by_class":
         return f"{name}: {how.get('class')}"

@@ -24,13 +24,13 @@ FURTHER = {
 }
 """Measured if a task asks for them; shown below the table."""
 COST = {
-    "throughput": "{:,.1f} rows a second",
-    "throughput_tokens": "{:,.0f} tokens a second",
-    "peak_memory": "{:,.0f} bytes of memory",
-    "peak_gpu_memory": "{:,.0f} bytes of GPU memory",
-    "energy_per_1000_rows": "{:.3g} Wh for 1,000 rows",
+    "throughput": (1.0, "{:,.1f} rows a second"),
+    "throughput_tokens": (1.0, "{:,.0f} tokens a second"),
+    "peak_memory": (1e-6, "{:,.1f} MB of memory"),
+    "peak_gpu_memory": (1e-6, "{:,.1f} MB of GPU memory"),
+    "energy_per_1000_rows": (1.0, "{:.3g} Wh for 1,000 rows"),
 }
-"""What serving costs, at the largest timed batch; shown below the table."""
+"""What serving costs, at the largest timed batch; a factor and words for the line below the table."""
 DERIVED = ("retention", "gap_closed", "gain")
 MISSING = "—"
 NARROW = 110
@@ -179,7 +179,8 @@ def _below(record: Record, found: Sequence[Row]) -> list[str]:
             lines.append(f"{row.subject} {row.variant}: {'; '.join(said)}")
     for row in found:
         if row.cost:
-            said = [COST[name].format(value.value) for name, value in row.cost.items()]
+            parts = [(*COST[name], value.value) for name, value in row.cost.items()]
+            said = [words.format(factor * value) for factor, words, value in parts]
             lines.append(f"{row.subject} {row.variant}: {', '.join(said)}")
     if (lost := record.find("accuracy_drop", variant="onnx_int8")) is not None:
         kept = record.find("agreement_with_fp32", variant="onnx_int8")

@@ -27,24 +27,24 @@ logger = logging.getLogger(__name__)
 ROWS = 1000
 """Training rows, and as many test rows, that models are run on: a fraction is then known to ± 0.03."""
 _OPTIONS = {"teacher": "--teacher ID|FOLDER", "data": "--data train.csv", "task": "--task task.yaml"}
-_ROWS = ("data", "task")
-_WANTED: Mapping[str, tuple[str, ...]] = {
-    "label names": ("teacher",),
-    "label order of the teacher": ("teacher", *_ROWS),
-    "label order of the student": _ROWS,
-    "tokenizers": ("teacher", *_ROWS),
-    "teacher's accuracy": ("teacher", *_ROWS),
-    "soft targets": ("teacher", "data"),
-    "truncation": _ROWS,
-    "unknown tokens": _ROWS,
-    "duplicates": ("data", "task"),
-    "classes": ("data",),
-    "labelled rows": ("data",),
-    "agreement on training rows": ("teacher", "data"),
-    "agreement on test rows": ("teacher", "task"),
-    "gradients": ("teacher", "data"),
+_TEACHER, _DATA, _TASK, _ROWS = ("teacher",), ("data",), ("task",), ("data", "task")
+_WANTED: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "label names": (_TEACHER,),
+    "label order of the teacher": (_TEACHER, _ROWS),
+    "label order of the student": (_ROWS,),
+    "tokenizers": (_TEACHER, _ROWS),
+    "teacher's accuracy": (_TEACHER, _ROWS),
+    "soft targets": (_TEACHER, _DATA),
+    "truncation": (_ROWS,),
+    "unknown tokens": (_ROWS,),
+    "duplicates": (_DATA, _TASK),
+    "classes": (_DATA,),
+    "labelled rows": (_DATA,),
+    "agreement on training rows": (_TEACHER, _DATA),
+    "agreement on test rows": (_TEACHER, _TASK),
+    "gradients": (_TEACHER, _DATA),
 }
-"""What a finding takes beyond the run."""
+"""What a finding takes beyond the run: all of these, each by one of its options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +101,16 @@ def examine(run: Path, given: Given) -> tuple[Finding, ...]:
 
 
 def _wanted(name: str, place: places.Place, given: Given) -> str:
-    wanted = [option for option in _WANTED.get(name, ()) if getattr(given, option) is None]
-    if not wanted:
-        return "give rows and a teacher of the student's classes"
+    lacking = [
+        options for options in _WANTED.get(name, ()) if all(getattr(given, option) is None for option in options)
+    ]
+    if not lacking:
+        return "give rows with labels and a teacher of the student's classes"
     teacher = None if place.record.training is None else place.record.training.teacher
-    shown = [_OPTIONS[option] for option in wanted]
-    if "teacher" in wanted and teacher is not None and teacher.name is not None:
-        shown[wanted.index("teacher")] = f"--teacher {teacher.name}"
-    return f"give {' and '.join(shown)}"
+    shown = dict(_OPTIONS)
+    if teacher is not None and teacher.name is not None:
+        shown["teacher"] = f"--teacher {teacher.name}"
+    return f"give {' and '.join(' or '.join(shown[option] for option in options) for options in lacking)}"
 
 
 def _left_behind(place: places.Place) -> list[Finding]:
