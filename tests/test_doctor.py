@@ -553,6 +553,27 @@ def test_the_share_of_a_term_is_its_largest(scene: Scene) -> None:
     assert courses.values([{"a": True}, {"a": "x"}, {"a": 2}, {"a": 10**400}, {}], "a").tolist() == [2.0]
 
 
+NUMBERS = st.one_of(st.floats(), st.integers(-(10**310), 10**310), st.none(), st.booleans(), st.text(max_size=2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(["loss", "task_loss", "distill_loss", "distill/kd"]), NUMBERS), max_size=12
+    )
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflow in numbers near the largest
+def test_any_log_gives_findings(scene: Scene, log: list[dict[str, Any]]) -> None:
+    training = facts.load(scene.place / "student").training
+    found = [
+        courses.learning_curve(courses.values(log, "loss")),
+        courses.terms_over_time(courses.values(log, "task_loss"), courses.values(log, "distill_loss")),
+        courses.weight_of_terms(log, training),
+    ]
+    json.loads(findings.as_json(found))
+    assert findings.summary(found)
+
+
 # ---------------------------------------------------------------------- predictions
 
 
