@@ -165,6 +165,9 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="Folder or hub id.")] = None,
     alone: Annotated[str | None, typer.Option(help="The same student trained without the teacher.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of each operator, while latency is taken.")] = 1,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Also the memory of a process that serves and, by codecarbon, energy.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure quality, agreement, size and latency, and add them to the folder's record."""
@@ -172,7 +175,7 @@ def evaluate(
 
     _quiet()
     progress = not as_json and sys.stderr.isatty()
-    evaluate_folder(folder, task=task, teacher=teacher, alone=alone, threads=threads, progress=progress)
+    evaluate_folder(folder, task=task, teacher=teacher, alone=alone, threads=threads, cost=cost, progress=progress)
     _show(folder, as_json)
 
 
@@ -285,6 +288,44 @@ def report(
         _quiet()
         compared = compare(folder, task=task, teacher=teacher, progress=sys.stderr.isatty())
     _tell(f"wrote {reports.write(folder, output, history=history, comparison=compared)}, which is never pushed")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Of a student, a recipe or a Trainer.")],
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub id.")] = None,
+    task: Annotated[Path | None, typer.Option(help="Task file that names the test rows.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The training rows: csv, jsonl or parquet.")] = None,
+    alone: Annotated[str | None, typer.Option(help="The same student trained without the teacher.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the texts; else the task file's, else text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the labels; else the task file's, else label.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens that training kept of a row.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows, and test rows, that models are run on.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Look for why a distillation did not help: each figure with a verdict and a remedy, worst first.
+
+    RUN is a student's folder, the output folder of a recipe, or that of a Trainer with checkpoints. What was not looked
+    at is listed with the option that would. Nothing is written, and no text of your rows is shown.
+    """
+    from hf_compress_evaluation.doctor import examining, findings
+    from hf_compress_evaluation.table import plain
+
+    from . import files
+
+    _quiet()
+    progress = not as_json and sys.stderr.isatty()
+    given = examining.Given(
+        teacher=teacher, task=task, data=data, alone=alone, text=text, label=label, max_length=max_length,
+        rows=rows, progress=progress,
+    )  # fmt: skip
+    found = examining.examine(run, given)
+    if as_json:
+        print(findings.as_json(found))
+    else:
+        shown = [tuple(plain(cell) for cell in row) for row in findings.rows(found)]
+        _print_table(findings.COLUMNS, shown, [plain(line) for line in findings.left_out(found)])
+    _tell(files.printable(findings.summary(found)))
 
 
 @app.command()

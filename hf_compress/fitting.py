@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from . import files, foreign
+from . import files, foreign, trainer_log
 from .objective import IGNORED
 from .recipe import Fitting
 
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 """Files without which a run would go on with other numbers, or not at all."""
+
+LOGGED = 0.04
+"""Of the steps, after which losses are logged: 25 times a run, which shows its course."""
 
 
 def encode(tokenizer: Any, texts: Sequence[str], labels: NDArray[np.int64] | None, max_length: int) -> datasets.Dataset:
@@ -75,7 +78,7 @@ def fit(
         train_sampling_strategy="group_by_length",
         save_strategy="epoch",
         save_total_limit=1,
-        logging_steps=50,
+        logging_steps=LOGGED,
         report_to=[],
         seed=seed,
         disable_tqdm=True,
@@ -95,7 +98,7 @@ def fit(
 
 
 def train_into(trainer: Trainer, target: Path, *, progress: Bars = True) -> None:
-    """Trains, from the last checkpoint where one is left, and writes model and tokenizer to `target`.
+    """Trains, from the last checkpoint where one is left, and writes model, tokenizer and log to `target`.
 
     The Trainer's output_dir is `unfinished(target)`; it is removed in the end.
     """
@@ -109,6 +112,7 @@ def train_into(trainer: Trainer, target: Path, *, progress: Bars = True) -> None
         trainer.train(resume_from_checkpoint=None if left is None else str(left))
     with files.atomic_folder(target) as part:
         trainer.model.save_pretrained(part)
+        trainer.state.save_to_json(str(part / trainer_log.FILE))
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(part)
         files.readable(part)

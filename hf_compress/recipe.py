@@ -91,6 +91,7 @@ class Measure(_Part):
     batches: tuple[Count, ...] = (1, 32)
     length: Count = 64
     runs: Count = 20
+    cost: bool = Field(default=False, description="also the peak memory of a fresh process, and energy by codecarbon")
 
 
 class Use(_Part):

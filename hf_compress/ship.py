@@ -462,6 +462,7 @@ class Work:
             others=others,
             threads=measure.threads,
             timing=evaluation.Timing(batches=measure.batches, length=measure.length, runs=measure.runs),
+            cost=measure.cost,
             seed=self.recipe.seed,
             progress=self.progress,
         )

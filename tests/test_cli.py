@@ -28,8 +28,8 @@ from typer.main import get_command
 from hf_compress import cli, facts, fitting, registry
 
 COMMANDS = (
-    "methods", "plan", "export", "evaluate", "verify", "card", "report", "push", "pull", "compress", "sweep", "distill",
-    "cache", "demo",
+    "methods", "plan", "export", "evaluate", "verify", "card", "report", "doctor", "push", "pull", "compress", "sweep",
+    "distill", "cache", "demo",
 )  # fmt: skip
 
 

@@ -387,7 +387,9 @@ def test_candidates_take_turns_and_warm_up_is_not_timed(monkeypatch: pytest.Monk
     calls: dict[str, Callable[[], object]] = {"a": lambda: call("a"), "b": lambda: call("b")}
     found = latency.measure_all(calls, batch=2, length=8, runs=3, warmup=2, threads=1)
     assert called == ["a", "b"] * 5
-    assert found["a"] == latency.Latency(median=1.0, p90=1.0, p99=1.0, runs=3, warmup=2, batch=2, length=8, threads=1)
+    assert found["a"] == latency.Latency(
+        mean=1.0, median=1.0, p90=1.0, p99=1.0, runs=3, warmup=2, batch=2, length=8, threads=1
+    )
 
 
 def test_median_and_p90_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +415,7 @@ def test_the_thread_count_is_set_and_restored_also_after_an_error() -> None:
 
 
 def test_a_latency_becomes_two_facts_with_their_conditions() -> None:
-    taken = latency.Latency(median=0.5, p90=0.75, p99=0.8, runs=3, warmup=1, batch=2, length=8, threads=1)
+    taken = latency.Latency(mean=0.625, median=0.5, p90=0.75, p99=0.8, runs=3, warmup=1, batch=2, length=8, threads=1)
     median, p90 = taken.measurements("student", "onnx", provider="CPUExecutionProvider")
     assert (median.metric, median.value, median.unit) == ("latency_median", 0.5, "seconds")
     assert (p90.metric, p90.value) == ("latency_p90", 0.75)
@@ -819,7 +821,7 @@ def test_a_folder_is_measured_whole_and_its_record_holds_it(
     assert record.measurements == measured
     score = {"accuracy", "f1_macro"}
     agree = {"label_loyalty", "probability_loyalty"}
-    time = {"latency_median", "latency_p90"}
+    time = {"latency_median", "latency_p90", "throughput", "throughput_tokens"}
     expected = {
         ("teacher", "torch"): score | time | {"bytes", "parameters"},
         ("alone", "torch"): score | agree | time | {"bytes", "parameters"},

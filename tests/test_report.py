@@ -36,7 +36,7 @@ from test_cli import Said, call
 from tiny import tiny_tokenizer
 from transformers import BertConfig, DataCollatorWithPadding, Trainer, TrainingArguments
 
-from hf_compress import DistillCallback, facts, fitting, outgoing, shrink
+from hf_compress import DistillCallback, facts, fitting, outgoing, shrink, trainer_log
 from hf_compress.comparison import ClassShare, Comparison, Disagreement, Right, Share
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.facts import Record
@@ -344,12 +344,12 @@ def test_a_long_curve_is_drawn_as_means_and_says_so(tmp_path: Path, folder: Path
 
 
 def test_the_log_of_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
-    assert curves.find(tmp_path) is None
+    assert trainer_log.find(tmp_path) is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "other"):
-        written(tmp_path / name / curves.FILE, [])
-    assert curves.find(tmp_path) == tmp_path / "checkpoint-10" / curves.FILE
-    own = written(tmp_path / curves.FILE, [])
-    assert curves.find(tmp_path) == own
+        written(tmp_path / name / trainer_log.FILE, [])
+    assert trainer_log.find(tmp_path) == tmp_path / "checkpoint-10" / trainer_log.FILE
+    own = written(tmp_path / trainer_log.FILE, [])
+    assert trainer_log.find(tmp_path) == own
 
 
 @pytest.mark.parametrize("log", [None, "loss", {"loss": 1}, [1], ["loss"]])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_compress import files
-from hf_compress.errors import ForeignFileError
+from hf_compress import trainer_log
 
 from . import plot
 from .text import plain
 
-FILE = "trainer_state.json"
 COLOURS = ("#3b4cc0", "#d1495b", "#e09f3e", "#5b8e7d", "#8d99ae", "#7b2d8b")
 POINTS = 300
 """Of a curve; of a longer one the means of as many equal parts are drawn."""
@@ -42,25 +39,15 @@ class Panel:
     curves: tuple[Curve, ...]
 
 
-def find(folder: Path) -> Path | None:
-    """The Trainer's state in a model folder, or in the newest checkpoint of it."""
-    if files.is_file(folder / FILE):
-        return folder / FILE
-    found = [path for path in folder.glob(f"checkpoint-*/{FILE}") if re.fullmatch(r"checkpoint-\d+", path.parent.name)]
-    return max(found, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
-
-
 def panels(path: Path) -> tuple[Panel, ...]:
     """The losses of training, those of evaluation, and each term of distillation before its weight.
 
     Raises:
         ForeignFileError: if the file is missing, malformed, or no Trainer's state.
     """
-    log = files.read_json(path, finite=False).get("log_history")
-    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise ForeignFileError(path, "has no log_history.", f"Give the {FILE} that the Trainer wrote.")
+    log = trainer_log.read(path)
     names = list(dict.fromkeys(name for entry in log for name in entry))
-    training = [name for name in ("loss", "task_loss", "distill_loss") if name in names]
+    training: list[str] = [name for name in ("loss", "task_loss", "distill_loss") if name in names]
     held_out = [name for name in names if name.startswith("eval_") and name.endswith("loss")][: len(COLOURS)]
     terms = [(f"{plain(name, 60)}, before its weight", [name]) for name in names if name.startswith(_TERM)]
     found = []

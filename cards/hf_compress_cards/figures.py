@@ -41,6 +41,12 @@ SCORES = ("seqeval_f1", "accuracy", "f1_macro", "f1_micro", "spearmanr", "pearso
 LOYALTY = ("label_loyalty", "probability_loyalty", "kl", "regression_loyalty", "rank_loyalty", "teacher_cosine")
 SIZE = {"parameters": "parameters", "bytes": "size on disk"}
 LATENCY = {"latency_median": "median", "latency_p90": "p90"}
+COST = {
+    "throughput": "throughput",
+    "peak_memory": "peak memory of a process that serves",
+    "peak_gpu_memory": "peak GPU memory",
+    "energy_per_1000_rows": "energy per 1,000 rows",
+}
 DERIVED = {
     "retention": "{value} of the teacher's quality is kept",
     "gap_closed": "{value} of the gap between the same start trained without the teacher and the teacher is closed",
@@ -123,6 +129,11 @@ def seconds(value: float) -> str:
     return f"{1000 * value:.3g} ms"
 
 
+def rate(value: float, unit: str) -> str:
+    """A number of things a second: 8.21 rows/s, 1.24 k rows/s."""
+    return f"{value:.3g} {unit}" if abs(value) < 1e3 else f"{count(value)} {unit}"
+
+
 _WRITERS = {
     "fraction": percent,
     "ratio": percent,
@@ -130,6 +141,9 @@ _WRITERS = {
     "bytes": size,
     "seconds": seconds,
     "correlation": decimal,
+    "rows/s": lambda value: rate(value, "rows/s"),
+    "tokens/s": lambda value: rate(value, "tokens/s"),
+    "Wh": lambda value: f"{value:.3g} Wh",
 }
 
 
@@ -231,7 +245,7 @@ def _latency(
 
 def other_cells(record: Record) -> Cells | None:
     """The newest value of every metric that has no place in the other tables."""
-    placed = {*QUALITY, *SIZE, *LATENCY, *DERIVED}
+    placed = {*QUALITY, *SIZE, *LATENCY, *DERIVED, "throughput_tokens"}  # rows times length, both told with throughput
     newest = {(x.metric, x.subject, x.variant, str(x.how)): x for x in record.measurements if x.metric not in placed}
     rows: list[tuple[str, ...]] = [
         (_named(x), SUBJECTS.get(x.subject, x.subject), x.variant, show(x)) for x in newest.values()
@@ -244,6 +258,9 @@ def _named(found: Measurement) -> str:
     name, how = found.metric.replace("_", " "), found.how
     if isinstance(rate := how.get("learning_rate"), float):
         return f"{name} at learning rate {rate:g}"
+    if found.metric in COST:
+        at = f"batch {how.get('batch')}, {how.get('length')} tokens, threads {how.get('threads')}"
+        return f"{COST[found.metric]} ({at})"
     if found.metric == "accuracy_by_class":
         return f"{name}: {how.get('class')}"
     if found.metric == "accuracy_by_length":
@@ -303,6 +320,8 @@ def missing(record: Record) -> list[str]:
         wanted["the same start trained without the teacher"] = first(SCORES, "alone")
         wanted["agreement with the teacher"] = first(LOYALTY)
     wanted["size on disk"] = record.find("bytes")
+    wanted["peak memory"] = record.find("peak_memory") or record.find("peak_gpu_memory")
+    wanted["energy per 1,000 rows"] = record.find("energy_per_1000_rows")
     timed = {_batch(x) for x in record.measurements if (x.metric, x.subject) == ("latency_median", "student")}
     absent = [name for name, found in wanted.items() if found is None]
     return absent + [f"latency at batch {batch}" for batch in BATCHES if batch not in timed]

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from hf_compress import facts, files
+from hf_compress import facts, files, trainer_log
 from hf_compress.comparison import Comparison
 from hf_compress.errors import ConfigurationError
 from hf_compress.facts import Record
@@ -42,7 +42,7 @@ def render(folder: Path, *, history: Path | None = None, comparison: Comparison 
     folder = Path(folder).resolve()
     config_file = folder / "config.json"
     config = files.read_json(config_file) if config_file.is_file() else {}
-    log = history or curves.find(folder)
+    log = history or trainer_log.find(folder)
     panels = curves.panels(log) if log else ()
     return _template().render(_context(facts.load(folder), config, folder.name, panels, comparison)) + "\n"
 
@@ -139,7 +139,7 @@ def _missing(record: Record, panels: tuple[curves.Panel, ...], comparison: Compa
     if record.training is None:
         absent.append("how the student was trained")
     if not panels:
-        absent.append(f"the course of the training (no {curves.FILE} was given or lies in the folder)")
+        absent.append(f"the course of the training (no {trainer_log.FILE} was given or lies in the folder)")
     if comparison is None:
         absent.append("which rows student and teacher decide differently (--task and --teacher were not given)")
     return absent

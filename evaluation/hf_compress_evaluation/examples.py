@@ -131,7 +131,7 @@ def examples(
     if label is not None:
         column(rows, label, name=name)
     own = texts(rows, text, name=name)
-    ids = None if label is None else label_ids(_names(rows, label), label2id, name=name)
+    ids = None if label is None else label_ids(label_values(rows, label), label2id, name=name)
     data = facts.Data(
         name=name,
         rows=len(own),
@@ -153,7 +153,7 @@ def column(rows: datasets.Dataset, wanted: str, *, name: str) -> list[Any]:
     if not len(rows):
         raise ConfigurationError(f"{name}: no rows to evaluate on.")
     if wanted not in rows.column_names:
-        raise _no_column(wanted, rows.column_names, name)
+        raise no_column(wanted, rows.column_names, name)
     return list(rows[wanted])
 
 
@@ -185,7 +185,7 @@ def classes(rows: datasets.Dataset, label: str, *, name: str) -> dict[str, int]:
         MismatchError: for a label that is neither name nor id, or an id beyond the number of rows.
     """
     if label not in rows.column_names:
-        raise _no_column(label, rows.column_names, name)
+        raise no_column(label, rows.column_names, name)
     feature, values = rows.features[label], list(rows[label])
     if isinstance(feature, datasets.ClassLabel):
         return {each: index for index, each in enumerate(feature.names)}
@@ -223,7 +223,7 @@ def label_ids(values: Sequence[Any], label2id: dict[str, int], *, name: str) -> 
     return np.array(ids, np.int64)
 
 
-def _names(rows: datasets.Dataset, label: str) -> list[Any]:
+def label_values(rows: datasets.Dataset, label: str) -> list[Any]:
     """The labels; those of a ClassLabel column by name, because its order may differ from the model's."""
     values, feature = list(rows[label]), rows.features[label]
     if isinstance(feature, datasets.ClassLabel):
@@ -231,5 +231,5 @@ def _names(rows: datasets.Dataset, label: str) -> list[Any]:
     return values
 
 
-def _no_column(column: str, columns: Sequence[str], name: str) -> UnknownNameError:
+def no_column(column: str, columns: Sequence[str], name: str) -> UnknownNameError:
     return UnknownNameError(f"column in {name} (which has {', '.join(columns)})", column, columns)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_compress import facts
+from hf_compress import facts, fitting
+from hf_compress.facts import Setting
 
+from . import cost as costs
 from . import latency, quality, scoring
 from .candidates import Candidate, beside, load_variants, timed_call
 from .task import Task, read_task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ def evaluate_folder(
     variants: Sequence[str] | None = None,
     threads: int = 1,
     timing: Timing | None = None,
+    cost: bool = False,
     device: str = "cpu",
     seed: int = 0,
     progress: bool = False,
@@ -51,6 +57,7 @@ def evaluate_folder(
             holds. Exported variants of the other subjects are measured where their folders hold them.
         threads: inside an operator, of torch and ONNX Runtime alike.
         timing: what is timed; None: `Timing()`.
+        cost: also the peak memory of a fresh process and, where codecarbon is installed, energy; some seconds a model.
         device: "cpu" or "cuda"; exported variants open on the same.
         seed: of resampled intervals and timed inputs.
         progress: show bars.
@@ -79,6 +86,8 @@ def evaluate_folder(
         candidates += load_variants("student", folder, variants, device, threads, auto)
         found = [*_scores(candidates, task, seed, progress), *_sizes(candidates)]
         found += _latencies(candidates, timing or Timing(), threads, seed, progress)
+        if cost:
+            found += _costs(candidates, timing or Timing(), threads, device, seed, progress)
     facts.append(folder, *found)
     if any((one.subject, one.variant) == ("student", "torch") for one in candidates):
         facts.register(folder, _weights(folder))
@@ -124,7 +133,7 @@ def _sizes(candidates: Sequence[Candidate]) -> list[facts.Measurement]:
 def _latencies(
     candidates: Sequence[Candidate], timing: Timing, threads: int, seed: int, progress: bool
 ) -> Iterable[facts.Measurement]:
-    length = min([timing.length, *(quality.longest(one.model, one.tokenizer) for one in candidates)])
+    length = _length(candidates, timing)
     for batch in timing.batches:
         calls = {one.name: timed_call(one, batch, length, seed) for one in candidates}
         taken = latency.measure_all(
@@ -138,3 +147,37 @@ def _latencies(
         )
         for one in candidates:
             yield from taken[one.name].measurements(one.subject, one.variant, provider=one.provider)
+            if batch == max(timing.batches):
+                yield from costs.throughput(one.subject, one.variant, taken[one.name], provider=one.provider)
+
+
+def _length(candidates: Sequence[Candidate], timing: Timing) -> int:
+    return min([timing.length, *(quality.longest(one.model, one.tokenizer) for one in candidates)])
+
+
+def _costs(
+    candidates: Sequence[Candidate], timing: Timing, threads: int, device: str, seed: int, progress: bool
+) -> Iterable[facts.Measurement]:
+    """Memory and energy of the largest batch."""
+    if not timing.batches:
+        return
+    batch, length = max(timing.batches), _length(candidates, timing)
+    if not (tells := costs.measures_energy()):
+        logger.info("energy is not measured: pip install 'hf-compress[energy]'")
+    with fitting.shown("memory and energy", len(candidates), bar=progress) as advance:
+        for one in candidates:
+            where: dict[str, Setting] = {
+                "threads": threads, "batch": batch, "length": length, "provider": one.provider
+            }  # fmt: skip
+            if (source := _source(one)) is not None:
+                yield from costs.peak_memory(one.subject, one.variant, source, device=device, how=where)
+            if tells:
+                yield from costs.energy(one.subject, one.variant, timed_call(one, batch, length, seed), how=where)
+            advance()
+
+
+def _source(one: Candidate) -> str | Path | None:
+    """What a fresh process can load: a folder, or the hub id of a torch model."""
+    if one.folder is not None:
+        return one.folder if one.variant == "torch" else one.folder / one.variant
+    return str(one.model.name_or_path) or None

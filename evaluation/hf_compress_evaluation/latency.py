@@ -23,6 +23,8 @@ Call = Callable[[], object]
 class Latency:
     """Seconds of one call on a batch of equally long rows."""
 
+    mean: float
+    """Of all runs together; its inverse is the throughput of calls that follow each other."""
     median: float
     p90: float
     p99: float
@@ -104,6 +106,7 @@ def measure_all(
                     seconds[name].append(taken)
     return {
         name: Latency(
+            mean=float(np.mean(taken)),
             median=float(np.median(taken)),
             p90=float(np.quantile(taken, 0.9)),
             p99=float(np.quantile(taken, 0.99)),

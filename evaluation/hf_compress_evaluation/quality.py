@@ -11,6 +11,8 @@
 | `retention`, `gap_closed` | ratio | the teacher's logits (and the baseline's) and labels; of the accuracy |
 | `gain` | fraction | the baseline's logits and labels; of the accuracy |
 | `bytes`, `parameters` | bytes, count | a folder |
+
+Of time, memory and energy: `latency.py` and `cost.py`.
 """
 
 from __future__ import annotations

@@ -42,6 +42,14 @@ FURTHER = {
     "kl": "KL from the teacher in nats",
 }
 """Measured if a task asks for them; shown below the table."""
+COST = {
+    "throughput": (1.0, "{:,.1f} rows a second"),
+    "throughput_tokens": (1.0, "{:,.0f} tokens a second"),
+    "peak_memory": (1e-6, "{:,.1f} MB of memory"),
+    "peak_gpu_memory": (1e-6, "{:,.1f} MB of GPU memory"),
+    "energy_per_1000_rows": (1.0, "{:.3g} Wh for 1,000 rows"),
+}
+"""What serving costs, at the largest timed batch; a factor and words for the line below the table."""
 DERIVED = ("retention", "gap_closed", "gain")
 MISSING = "—"
 NARROW = 110
@@ -81,6 +89,8 @@ class Row:
     derived: dict[str, Value | None]
     further: dict[str, Value]
     """Those of `FURTHER` that were measured."""
+    cost: dict[str, Value]
+    """Those of `COST` that were measured."""
 
 
 def rows(record: Record) -> tuple[Row, ...]:
@@ -154,6 +164,7 @@ def _row(record: Record, subject: str, variant: str) -> Row:
         latency={batch: (value("latency_median", batch=batch), value("latency_p90", batch=batch)) for batch in BATCHES},
         derived={name: value(name) for name in DERIVED},
         further={name: found for name in FURTHER if (found := value(name)) is not None},
+        cost={name: found for name in COST if (found := value(name)) is not None},
     )
 
 
@@ -188,6 +199,11 @@ def _below(record: Record, found: Sequence[Row]) -> list[str]:
         if row.further:
             said = [f"{FURTHER[name]} {_range(value)}" for name, value in row.further.items()]
             lines.append(f"{row.subject} {row.variant}: {'; '.join(said)}")
+    for row in found:
+        if row.cost:
+            parts = [(*COST[name], value.value) for name, value in row.cost.items()]
+            said = [words.format(factor * value) for factor, words, value in parts]
+            lines.append(f"{row.subject} {row.variant}: {', '.join(said)}")
     if (lost := record.find("accuracy_drop", variant="onnx_int8")) is not None:
         kept = record.find("agreement_with_fp32", variant="onnx_int8")
         same = "" if kept is None else f"; decides like float32 in {kept.value:.3f} of the rows"
