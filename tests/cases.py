@@ -363,6 +363,23 @@ REPORTS = (
         "An optimised graph is far off where the plain one is right.",
         ("test_onnx_generation.py::test_a_way_that_misses_the_gate_is_undone_and_said",),
     ),
+    Report(
+        "huggingface/transformers#13528, huggingface/huggingface_hub PR #3000",
+        "A null or a number in a card's metadata stops the push.",
+        (
+            "test_cards.py::test_what_the_hub_would_refuse_or_misread_is_left_out",
+            "test_cards.py::test_a_folder_without_measurements_says_so_and_its_card_is_valid",
+            "test_cards.py::test_no_text_of_a_stranger_becomes_markup",
+        ),
+    ),
+    Report(
+        "huggingface/evaluate#567, #315, #473, mlflow/mlflow PR #14731",
+        "A metric by name needs the network, and hangs without it.",
+        (
+            "test_metrics.py::test_metrics_by_name_need_no_network_and_no_time",
+            "test_metrics.py::test_a_missing_package_is_named_with_its_pip_line",
+        ),
+    ),
 )
 
 

@@ -714,7 +714,7 @@ def test_reading_a_file_tells_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("keys", "error", "match"),
     [
-        ({"colour": 1}, UnknownNameError, "Known: batch_size, data, label"),
+        ({"colour": 1}, UnknownNameError, "Known: batch_size, config, data, hub_id, label"),
         ({"batchsize": 1}, UnknownNameError, "Did you mean 'batch_size'"),
         ({"task": "ranking"}, ForeignFileError, "task: Input should be 'text-classification'"),
         ({"rows": 0}, ForeignFileError, "rows: "),

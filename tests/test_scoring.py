@@ -294,7 +294,7 @@ def test_a_folder_of_each_task_is_measured_verified_and_described(
     teacher = saved(make(seed=1), tokenizer, tmp_path / "teacher")
     student = saved(make(seed=0), tokenizer, tmp_path / "student")
     export_onnx(student)
-    path = written(tmp_path, kind, rows(40))
+    path = written(tmp_path, kind, rows(40), hub_id="me/rows", config="small")
     found = evaluate_folder(student, task=path, teacher=teacher, alone=teacher, timing=QUICK)
     by_name = {(m.subject, m.variant, m.metric): m for m in found}
     assert by_name["student", "onnx", main].value == pytest.approx(by_name["student", "torch", main].value, abs=1e-4)
@@ -321,6 +321,8 @@ def test_a_folder_of_each_task_is_measured_verified_and_described(
 
     data = ModelCard(card.write(student).read_text()).data
     assert table.SCORES[main] in {column.header for column in table.table(facts.load(student)).columns}
+    assert (data.eval_results or [])[0].dataset_type == "me/rows"
+    assert [one.name for one in (student / ".eval_results").iterdir()] == ["me-rows-small.yaml"]
     assert (data.eval_results or [])[0].metric_value == by_name["student", "torch", main].value
 
 

@@ -111,6 +111,8 @@ def examples(
     label2id: dict[str, int],
     licence: str | None = None,
     split: str | None = None,
+    hub_id: str | None = None,
+    config: str | None = None,
 ) -> Examples:
     """Texts and class ids from the columns of a data set.
 
@@ -121,7 +123,7 @@ def examples(
         label: column of the labels: class ids, or names in `label2id`; None: unlabelled.
         label2id: the model's classes.
         licence: of the data, for the record.
-        split: for the record.
+        split, hub_id, config: for the record.
 
     Raises:
         ConfigurationError: if there is no row, or a text is missing (the message names its row).
@@ -139,6 +141,8 @@ def examples(
         fingerprint=facts.fingerprint(own if ids is None else zip(own, ids.tolist(), strict=True)),
         licence=licence,
         split=split,
+        hub_id=hub_id,
+        config=config,
     )
     return Examples(texts=own, labels=ids, data=data)
 

@@ -10,13 +10,14 @@ slices: false             # true: accuracy also by class and by quarter of the t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hf_compress import files
+from hf_compress import facts, files
 from hf_compress.errors import ForeignFileError, UnknownNameError
 from hf_compress.facts import Text
 from hf_compress.recipe import Count, Place
@@ -65,6 +66,8 @@ class Task(BaseModel):
     batch_size: Count = 32
     pooling: Literal["mean", "cls"] = Field(default="mean", description="of the tokens, where a text is embedded")
     name: Text | None = Field(default=None, description="of the data, for the record; None: the file's name")
+    hub_id: Text | None = Field(default=None, description="of the data set on the hub that the rows are from")
+    config: Text | None = Field(default=None, description="configuration of that data set, e.g. sst2")
     licence: Text | None = None
 
     @model_validator(mode="after")
@@ -102,6 +105,28 @@ def read_task(path: Path) -> Task:
             raise UnknownNameError(f"key in {path.name}", key, Task.model_fields) from error
         raise ForeignFileError(path, f"{key}: {first['msg']}.".removeprefix(": "), "Mend the file.") from error
     return task.model_copy(update={"data": str(path.parent.absolute() / task.data)})
+
+
+def describe(task: Task, name: str, rows: int, *, labelled: bool, content: Iterable[Any]) -> facts.Data:
+    """The rows of a task for the record.
+
+    Args:
+        task: where they are from.
+        name: as `read_data` gives it.
+        rows: their number.
+        labelled: whether all have a label; else none has.
+        content: each row, for the fingerprint.
+    """
+    return facts.Data(
+        name=name,
+        rows=rows,
+        labelled=rows if labelled else 0,
+        fingerprint=facts.fingerprint(content),
+        licence=task.licence,
+        hub_id=task.hub_id,
+        config=task.config,
+        split=task.split,
+    )
 
 
 def read_data(task: Task) -> tuple[datasets.Dataset, str]:

@@ -42,6 +42,8 @@ class Classes(Scorer):
             label2id=config.label2id,
             licence=task.licence,
             split=task.split,
+            hub_id=task.hub_id,
+            config=task.config,
         )
 
     def predict(self, one: Candidate, rows: Examples, task: Task, *, progress: bool = False) -> quality.Logits:

@@ -15,7 +15,7 @@ from hf_compress.facts import Measurement
 from hf_compress_evaluation import agreement, intervals, quality
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.examples import numbers, texts
-from hf_compress_evaluation.task import Task, read_data
+from hf_compress_evaluation.task import Task, describe, read_data
 
 from ._base import Scorer
 
@@ -52,14 +52,8 @@ class Numbers(Scorer):
         text, _, label = task.columns
         own = texts(rows, text, name=name)
         labels = None if label is None else numbers(rows, label, name=name)
-        data = facts.Data(
-            name=name,
-            rows=len(own),
-            labelled=0 if labels is None else len(labels),
-            fingerprint=facts.fingerprint(own if labels is None else zip(own, labels.tolist(), strict=True)),
-            licence=task.licence,
-            split=task.split,
-        )
+        content = own if labels is None else zip(own, labels.tolist(), strict=True)
+        data = describe(task, name, len(own), labelled=labels is not None, content=content)
         return Numbered(texts=own, labels=labels, data=data)
 
     def predict(self, one: Candidate, rows: Numbered, task: Task, *, progress: bool = False) -> Floats:

@@ -17,7 +17,7 @@ from hf_compress.facts import Measurement
 from hf_compress_evaluation import intervals, quality
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.examples import numbers, texts
-from hf_compress_evaluation.task import Task, read_data
+from hf_compress_evaluation.task import Task, describe, read_data
 
 from ._base import Scorer
 from .numbers import against_numbers
@@ -69,14 +69,8 @@ class Sentences(Scorer):
         first, second = texts(rows, text, name=name), texts(rows, other, name=name)
         labels = None if label is None else numbers(rows, label, name=name)
         parts = (first, second) if labels is None else (first, second, labels.tolist())
-        data = facts.Data(
-            name=name,
-            rows=len(first),
-            labelled=0 if labels is None else len(first),
-            fingerprint=facts.fingerprint(zip(*parts, strict=True)),
-            licence=task.licence,
-            split=task.split,
-        )
+        content = zip(*parts, strict=True)
+        data = describe(task, name, len(first), labelled=labels is not None, content=content)
         return Pairs(texts=first, others=second, labels=labels, data=data)
 
     def predict(self, one: Candidate, rows: Pairs, task: Task, *, progress: bool = False) -> Embedded:

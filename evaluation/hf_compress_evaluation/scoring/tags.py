@@ -15,7 +15,7 @@ from hf_compress.facts import Measurement
 from hf_compress_evaluation import agreement, intervals, metrics, quality
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.examples import column, label_ids
-from hf_compress_evaluation.task import Task, read_data
+from hf_compress_evaluation.task import Task, describe, read_data
 
 from ._base import Scorer, check_labels
 
@@ -70,14 +70,7 @@ class Tags(Scorer):
                 said = [named[tag] if named and isinstance(tag, int) else tag for tag in tags]
                 labels.append(label_ids(said, config.label2id, name=f"{name}, sentence {row}"))
         pairs = words if labels is None else [(w, ids.tolist()) for w, ids in zip(words, labels, strict=True)]
-        data = facts.Data(
-            name=name,
-            rows=len(words),
-            labelled=0 if labels is None else len(words),
-            fingerprint=facts.fingerprint(pairs),
-            licence=task.licence,
-            split=task.split,
-        )
+        data = describe(task, name, len(words), labelled=labels is not None, content=pairs)
         return Tagged(words=tuple(words), labels=None if labels is None else tuple(labels), data=data)
 
     def predict(self, one: Candidate, rows: Tagged, task: Task, *, progress: bool = False) -> Logits:
