@@ -16,6 +16,7 @@ import cases
 import families
 import features
 from hf_compress_evaluation import bench, claims, deployment
+from hf_compress_evaluation import gallery as students
 from hf_compress_evaluation.demo.summary import markdown
 
 from hf_compress import registry
@@ -27,7 +28,7 @@ def pages(root: Path) -> dict[Path, str]:
     """Every generated page of a checkout, by path."""
     return {
         root / "plugins" / "README.md": gallery(),
-        root / "README.md": between(root / "README.md", "demo", demo(root)),
+        root / "README.md": front(root),
         root / "evaluation" / "README.md": results(root),
         root / "tests" / "README.md": tried(root),
         root / "tests" / "faults" / "README.md": lost(root),
@@ -41,6 +42,13 @@ def tried(root: Path) -> str:
         text = between(page, mark, made, text)
     assert text is not None  # there are marks
     return text
+
+
+def front(root: Path) -> str:
+    """The first page, with the demo's table and the gallery of students."""
+    page = root / "README.md"
+    text = between(page, "demo", demo(root))
+    return between(page, "gallery", students.markdown(root / "evaluation" / "results" / "gallery"), text)
 
 
 def lost(root: Path) -> str:

@@ -160,23 +160,43 @@ def _place(name: str, known: list[str]) -> int:
 
 
 def quality_cells(record: Record, timed: Comparable | None = None) -> Cells | None:
-    """Quality, agreement and size of every subject and variant; a column that is empty throughout is left out.
+    """Quality, agreement and size of every subject and variant, on each data set that something was measured on; a
+    column that is empty throughout is left out.
 
     Args:
         record: of a model folder.
         timed: adds the median latencies that were taken so.
     """
-    cells = {pair: {key: record.find(key, *pair) for key in QUALITY | SIZE} for pair in pairs(record)}
+    names = list(dict.fromkeys(x.data.name for x in record.measurements if x.metric in QUALITY and x.data is not None))
+    several = len(names) > 1
+    cells = {
+        (*pair, name): {key: _newest(record, key, *pair, name) for key in QUALITY} | _sizes(record, pair)
+        for pair in pairs(record)
+        for name in (names if several else [None])
+    }
     shown = [key for key in QUALITY | SIZE if any(row[key] for row in cells.values())]
     batches = [] if timed is None else _batches(record)
     rows = []
-    for pair, row in cells.items():
-        took = [_median(record, pair, batch, timed) for batch in batches]
-        if any(row.values()) or any(took):
-            named = (SUBJECTS.get(pair[0], pair[0]), pair[1])
-            rows.append((*named, *(_cell(*pair, key, row[key]) for key in shown), *map(show, took)))
-    heads = ("model", "variant", *((QUALITY | SIZE)[key] for key in shown), *(f"latency, batch {n}" for n in batches))
-    return (heads, rows) if rows else None
+    for (subject, variant, name), row in cells.items():
+        took = [_median(record, (subject, variant), batch, timed) for batch in batches]
+        if (any(row[key] for key in QUALITY) if several else any(row.values())) or any(took):
+            named = (SUBJECTS.get(subject, subject), variant, *([name] if name is not None else []))
+            rows.append((*named, *(_cell(subject, variant, key, row[key]) for key in shown), *map(show, took)))
+    heads = (*("model", "variant"), *(["data"] if several else []), *((QUALITY | SIZE)[key] for key in shown))
+    return ((*heads, *(f"latency, batch {n}" for n in batches)), rows) if rows else None
+
+
+def _sizes(record: Record, pair: tuple[str, str]) -> dict[str, Measurement | None]:
+    return {key: record.find(key, *pair) for key in SIZE}
+
+
+def _newest(record: Record, metric: str, subject: str, variant: str, data: str | None) -> Measurement | None:
+    """The newest measurement of that metric on the data of that name; None: on any."""
+    for found in reversed(record.measurements):
+        same = (found.metric, found.subject, found.variant) == (metric, subject, variant)
+        if same and (data is None or (found.data is not None and found.data.name == data)):
+            return found
+    return None
 
 
 def _median(record: Record, pair: tuple[str, str], batch: int, timed: Comparable | None) -> Measurement | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import datasets
 import torch
-from hf_compress_cards import card
+from hf_compress_cards import card, figures
 from transformers import (
     AutoModel,
     AutoModelForTokenClassification,
@@ -277,3 +277,40 @@ def _finish(
         evaluate_folder(student, task=task, timing=TIMING, progress=progress, **beside)
     card.write(student)
     return student
+
+
+# ---------------------------------------------------------------------------------------------- README
+
+
+def markdown(results: Path = RESULTS) -> str:
+    """The kept students side by side; every number is one of their records."""
+    lines = [
+        "| student | score | teacher | without the teacher | student | int8 on ONNX Runtime | parameters | bytes | "
+        "a row, batch 1 | made and measured by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, command in COMMANDS.items():
+        if (path := results / f"{name}.json").exists():
+            lines.append(_line(name, command, facts.Record.model_validate(files.read_json(path))))
+    return "\n".join(lines)
+
+
+def _line(name: str, command: str, record: facts.Record) -> str:
+    metric = figures.main_score(record)
+    untaught = next((who for who, _ in figures.pairs(record) if who == "alone" or who.startswith("start")), "alone")
+    scores = [
+        figures.show(record.find(metric, *who))
+        for who in (("teacher", "torch"), (untaught, "torch"), ("student", "torch"), ("student", "onnx_int8"))
+    ]
+    changes = [
+        f"{figures.show(record.find(key, 'teacher'))} → {figures.show(record.find(key, 'student', variant, **how))}"
+        for key, variant, how in (
+            ("parameters", "torch", {}),
+            ("bytes", "onnx_int8", {}),
+            ("latency_median", "onnx_int8", {"batch": 1}),
+        )
+    ]
+    data = next(m.data.name for m in reversed(record.measurements) if m.metric == metric and m.data is not None)
+    said = f"{figures.QUALITY[metric]}, {data}"
+    cells = [f"[{name}]({RESULTS}/{name}.md)", said, *scores, *changes, f"`{command}`"]
+    return f"| {' | '.join(cells)} |"
