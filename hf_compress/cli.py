@@ -34,11 +34,27 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def methods(
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
     task: Annotated[str | None, typer.Option(help="Only methods for this task, its default first.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Grouped by algorithm, knowledge or dataset; classes without a method are shown.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What there is, and what is the default of a task."""
     from . import registry
 
+    if by is not None:
+        if family is not None or task is not None:
+            from .errors import ConfigurationError
+
+            raise ConfigurationError("--by groups all methods: leave --family and --task out.")
+        classes = registry.by_class(by)
+        if as_json:
+            print(json.dumps(classes, indent=1))
+        else:
+            _print_table((by, "what it is", "methods"), [
+                (name, registry.CLASSES[by][name], ", ".join(own) or "none yet") for name, own in classes.items()
+            ])  # fmt: skip
+        return
     found = registry.catalogue()
     if task is not None:
         registry.default_for(task)  # an unknown task is an error, not an empty list

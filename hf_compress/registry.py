@@ -47,6 +47,38 @@ TASKS = (
 )
 """The hub's task names, and `text-regression` for a single real-valued output. The last four have no default method."""
 
+CLASSES: Mapping[str, Mapping[str, str]] = {
+    "algorithm": {
+        "supervised": "likelihood of what a teacher has written or labelled",
+        "divergence": "a divergence between the two models' distributions",
+        "similarity": "a distance between the two models' inner states",
+        "reinforcement": "a reward, with a policy gradient",
+        "ranking": "an order of answers or classes",
+    },
+    "knowledge": {
+        "labelling": "the teacher answers or labels what is given",
+        "expansion": "the teacher makes further examples from a few",
+        "curation": "data is chosen or written by what is known of it",
+        "feature": "the teacher's distributions or states on each example",
+        "feedback": "the teacher judges, ranks or corrects what the student has made",
+        "self": "the student is its own teacher",
+    },
+    "dataset": {
+        "gradient matching": "small data that gives the gradients of the large",
+        "trajectory matching": "small data that trains along the same way",
+        "distribution matching": "small data with the same features",
+        "kernel regression": "small data whose kernel regression fits the large",
+        "generation": "a model writes or draws the small data",
+        "selection": "the small data are rows of the large",
+    },
+}
+"""What a method may be tagged with, by taxonomy, with what each class means.
+
+The first two are those of Xu et al.: A Survey on Knowledge Distillation of Large Language Models, 2024,
+arXiv:2402.13116; the third follows Fang et al.: Knowledge Distillation and Dataset Distillation of Large Language
+Models, 2025, arXiv:2504.14772, with the kinds of optimisation that its section on it names and kernels beside them.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -63,6 +95,12 @@ class Method:
     tasks: tuple[str, ...]
     default_for: tuple[str, ...] = ()
     """Tasks for which this method is part of the default."""
+    algorithm: tuple[str, ...] = ()
+    """How targets enter the loss; these three are of `CLASSES`."""
+    knowledge: tuple[str, ...] = ()
+    """Where targets come from."""
+    dataset: tuple[str, ...] = ()
+    """How training data is made small."""
     extra: str | None = None
     """The extra of its distribution whose packages its module imports."""
     objective: type[Objective] | None = None
@@ -100,6 +138,10 @@ class Entry:
     @property
     def default_for(self) -> tuple[str, ...]:
         return tuple(self.declared.get("default_for", ()))
+
+    def classes(self, taxonomy: str) -> tuple[str, ...]:
+        """Its classes in one of the taxonomies of `CLASSES`."""
+        return tuple(self.declared.get(taxonomy, ()))
 
     def load(self) -> Method:
         """Imports the method's module.
@@ -205,6 +247,18 @@ def default_for(task: str) -> tuple[Entry, ...]:
     return tuple(entry for _, entry in sorted(catalogue().methods.items()) if task in entry.default_for)
 
 
+def by_class(taxonomy: str) -> dict[str, tuple[str, ...]]:
+    """The methods of each class of a taxonomy by name, classes without any among them.
+
+    Raises:
+        UnknownNameError: for a taxonomy that is not in `CLASSES`.
+    """
+    if taxonomy not in CLASSES:
+        raise UnknownNameError("taxonomy", taxonomy, CLASSES)
+    entries = sorted(catalogue().methods.items())
+    return {one: tuple(name for name, entry in entries if one in entry.classes(taxonomy)) for one in CLASSES[taxonomy]}
+
+
 def _modules(point: EntryPoint) -> list[Path]:
     spec: ModuleSpec | None = find_spec(point.value)
     if spec is None or not spec.submodule_search_locations:
@@ -230,14 +284,15 @@ def _declaration(tree: ast.Module, path: Path) -> ast.Call:
 
 
 def _wrong(keyword: str, value: Any) -> str | None:
-    """What is wrong with a declared value: text, a year, tuples of task names."""
-    if keyword not in ("tasks", "default_for"):
+    """What is wrong with a declared value: text, a year, tuples of known names."""
+    known = {"tasks": TASKS, "default_for": TASKS, **CLASSES}.get(keyword)
+    if known is None:
         kind = int if keyword == "year" else str
         return None if isinstance(value, kind) and value else f"{keyword} must be {kind.__name__}, got {value!r}."
-    if not isinstance(value, tuple) or not all(isinstance(task, str) for task in value):
-        return f"{keyword} must be a tuple of task names, got {value!r}."
-    unknown = [task for task in value if task not in TASKS]
-    return f"unknown tasks {unknown} in {keyword}; known: {', '.join(TASKS)}." if unknown else None
+    if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+        return f"{keyword} must be a tuple of names, got {value!r}."
+    unknown = [name for name in value if name not in known]
+    return f"unknown names {unknown} in {keyword}; known: {', '.join(known)}." if unknown else None
 
 
 def _read(path: Path, point: EntryPoint, distribution: str) -> Entry:

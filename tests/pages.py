@@ -122,7 +122,18 @@ def gallery() -> str:
             f"\n| [{name}](#{name}) | {entry.family} | {', '.join(entry.default_for)} | {declared['paper']} "
             f"| {declared['summary']} |"
         )
-    return "\n".join(parts) + "\n" + "".join(section(name) for name in sorted(entries))
+    return "\n".join([*parts, taxonomies()]) + "\n" + "".join(section(name) for name in sorted(entries))
+
+
+def taxonomies() -> str:
+    """The methods by class of each taxonomy, empty classes among them."""
+    lines = ["\n## By taxonomy\n", "As `hf-compress methods --by algorithm`, `knowledge` or `dataset` shows them.\n"]
+    lines += ["| taxonomy | class | what it is | methods |", "|---|---|---|---|"]
+    for taxonomy, classes in registry.CLASSES.items():
+        for name, own in registry.by_class(taxonomy).items():
+            linked = ", ".join(f"[{one}](#{one})" for one in own) or "none yet"
+            lines.append(f"| {taxonomy} | {name} | {classes[name]} | {linked} |")
+    return "\n".join(lines)
 
 
 def section(name: str) -> str:

@@ -171,6 +171,16 @@ def test_methods_of_a_task_begins_with_its_default(command: Callable[..., Said])
     assert all("text-classification" in row["tasks"] for row in rows)
 
 
+@pytest.mark.parametrize("taxonomy", registry.CLASSES)
+def test_methods_by_class_show_what_is_empty_too(command: Callable[..., Said], taxonomy: str) -> None:
+    found = json.loads(command("methods", "--by", taxonomy, "--json").out)
+    assert {name: tuple(own) for name, own in found.items()} == registry.by_class(taxonomy)
+    text = command("methods", "--by", taxonomy).out
+    assert all(name in text for name in registry.CLASSES[taxonomy])
+    assert "none yet" in text or all(found.values())
+    assert "leave --family and --task out" in command("methods", "--by", taxonomy, "--family", "general").error
+
+
 def test_methods_of_a_family_are_its_own(command: Callable[..., Said]) -> None:
     rows = json.loads(command("methods", "--family", "general", "--json").out)
     assert rows

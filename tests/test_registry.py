@@ -192,14 +192,14 @@ BROKEN = {
     "no part": (GOOD.replace("objective=Mine,", ""), r"broken.py: METHOD has no part"),
     "unknown task": (
         GOOD.replace("text-classification", "chess"),
-        r"line 10: unknown tasks \['chess'\] in tasks; known:",
+        r"line 10: unknown names \['chess'\] in tasks; known:",
     ),
     "unknown default": (
         GOOD.replace("objective=Mine", "default_for=('chess',), objective=Mine"),
-        r"line 10: unknown tasks \['chess'\] in default_for",
+        r"line 10: unknown names \['chess'\] in default_for",
     ),
-    "tasks as text": (GOOD.replace('("text-classification",)', '"fill-mask"'), r"tasks must be a tuple of task names"),
-    "tasks as number": (GOOD.replace('("text-classification",)', "5"), r"tasks must be a tuple of task names, got 5"),
+    "tasks as text": (GOOD.replace('("text-classification",)', '"fill-mask"'), r"tasks must be a tuple of names"),
+    "tasks as number": (GOOD.replace('("text-classification",)', "5"), r"tasks must be a tuple of names, got 5"),
     "default None": (
         GOOD.replace("objective=Mine", "default_for=None, objective=Mine"),
         r"default_for must be a tuple",
@@ -320,3 +320,31 @@ def test_hidden_files_are_no_methods(install: Install) -> None:
     install("stranger-methods", "outside", {"mine": GOOD, "._mine": "\udcff"})
 
     assert not registry.catalogue().broken
+
+
+# ---------------------------------------------------------------------- taxonomies
+
+
+def test_every_method_of_ours_is_tagged_as_its_parts_ask() -> None:
+    """A loss has targets that come from somewhere, and what makes data small does so in some way."""
+    own = [entry for entry in registry.catalogue().methods.values() if entry.distribution == registry.OWN]
+    for entry in own:
+        if "objective" in entry.parts:
+            assert entry.classes("algorithm"), entry.name
+            assert entry.classes("knowledge"), entry.name
+        assert bool(entry.classes("dataset")) == ("synthesis" in entry.parts), entry.name
+
+
+@pytest.mark.parametrize("taxonomy", registry.CLASSES)
+def test_the_classes_hold_the_methods_that_name_them_and_empty_ones_are_there(taxonomy: str) -> None:
+    found = registry.by_class(taxonomy)
+    assert list(found) == list(registry.CLASSES[taxonomy])
+    for name, entry in registry.catalogue().methods.items():
+        assert {one for one, own in found.items() if name in own} == set(entry.classes(taxonomy))
+
+
+def test_an_unknown_class_or_taxonomy_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="knowledge"):
+        registry.by_class("knowlege")
+    assert registry._wrong("algorithm", ("chess",)) is not None
+    assert registry._wrong("algorithm", ("ranking",)) is None

@@ -324,6 +324,7 @@ METHOD = Method(
   booktitle = {International Conference on Learning Representations},
   year = {2024}, eprint = {2310.06511}, archivePrefix = {arXiv}
 }""",
+    dataset=("kernel regression",),
     tasks=("image-feature-extraction",),
     synthesis=krr_st,
 )

@@ -308,6 +308,8 @@ METHOD = Method(
   author = {Chen, Zigeng and Fang, Gongfan and Ma, Xinyin and Yu, Ruonan and Wang, Xinchao},
   year = {2025}, eprint = {2509.26488}, archivePrefix = {arXiv}
 }""",
+    algorithm=("supervised",),
+    knowledge=("self",),
     tasks=("fill-mask",),
     objective=DParallel,
     generation=ParallelDecoding,

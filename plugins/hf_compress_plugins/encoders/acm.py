@@ -281,6 +281,8 @@ METHOD = Method(
   booktitle = {AAAI Conference on Artificial Intelligence},
   year = {2025}, eprint = {2312.10193}, archivePrefix = {arXiv}
 }""",
+    algorithm=("similarity",),
+    knowledge=("feature",),
     tasks=("image-classification",),
     objective=ACM,
     student=acm,

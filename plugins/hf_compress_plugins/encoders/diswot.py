@@ -293,6 +293,8 @@ METHOD = Method(
   booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year = {2023}, eprint = {2303.15678}, archivePrefix = {arXiv}
 }""",
+    algorithm=("similarity",),
+    knowledge=("feature",),
     tasks=("text-classification", "image-classification"),
     search=diswot,
 )

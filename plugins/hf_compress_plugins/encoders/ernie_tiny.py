@@ -220,6 +220,8 @@ METHOD = Method(
             Wu, Hua and Wang, Haifeng},
   year = {2021}, eprint = {2106.02241}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence", "similarity"),
+    knowledge=("feature",),
     tasks=("text-classification", "token-classification", "fill-mask"),
     objective=ERNIETiny,
     recipe=RECIPE,

@@ -395,6 +395,8 @@ METHOD = Method(
   booktitle = {Findings of the Association for Computational Linguistics: ACL},
   year = {2024}, eprint = {2403.12968}, archivePrefix = {arXiv}
 }""",
+    algorithm=("supervised",),
+    knowledge=("labelling",),
     tasks=("token-classification",),
     preparation=llmlingua2,
 )

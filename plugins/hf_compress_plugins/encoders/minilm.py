@@ -189,6 +189,8 @@ METHOD = Method(
   booktitle = {Findings of the Association for Computational Linguistics},
   year = {2021}, eprint = {2012.15828}, archivePrefix = {arXiv}
 }""",
+    algorithm=("similarity",),
+    knowledge=("feature",),
     tasks=("feature-extraction", "fill-mask", "text-classification", "token-classification", "text-generation"),
     objective=MiniLM,
 )

@@ -367,6 +367,8 @@ METHOD = Method(
   author = {Gurioli, Andrea and Pennino, Federico and Monteiro, Jo{\\~a}o and Gabbrielli, Maurizio},
   year = {2025}, eprint = {2503.03008}, archivePrefix = {arXiv}
 }""",
+    algorithm=("supervised",),
+    knowledge=("self",),
     tasks=("text-classification", "token-classification", "fill-mask", "text-generation", "image-classification"),
     objective=MultiExit,
     preparation=in_context,

@@ -178,6 +178,8 @@ METHOD = Method(
   booktitle = {International Conference on Learning Representations},
   year = {2015}, eprint = {1412.6550}, archivePrefix = {arXiv}
 }""",
+    algorithm=("similarity",),
+    knowledge=("feature",),
     tasks=(
         "text-classification",
         "text-regression",

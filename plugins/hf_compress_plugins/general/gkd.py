@@ -147,6 +147,8 @@ METHOD = Method(
   booktitle = {International Conference on Learning Representations},
   year = {2024}, eprint = {2306.13649}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence",),
+    knowledge=("feature",),
     tasks=("text-generation", "text2text-generation", "automatic-speech-recognition", "fill-mask"),
     default_for=("text-generation", "text2text-generation", "automatic-speech-recognition"),
     objective=GKD,

@@ -70,6 +70,8 @@ METHOD = Method(
   author = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
   year = {2015}, eprint = {1503.02531}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence",),
+    knowledge=("feature",),
     tasks=(
         "text-classification",
         "token-classification",

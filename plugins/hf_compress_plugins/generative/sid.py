@@ -520,6 +520,8 @@ METHOD = Method(
   author = {Zhou, Mingyuan and Gu, Yi and Wang, Zhendong},
   year = {2025}, eprint = {2505.12674}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence",),
+    knowledge=("feature",),
     tasks=("unconditional-image-generation",),
     objective=SiD,
 )

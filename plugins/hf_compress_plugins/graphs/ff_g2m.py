@@ -178,6 +178,8 @@ METHOD = Method(
   booktitle = {AAAI Conference on Artificial Intelligence},
   year = {2023}, eprint = {2305.10758}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence", "similarity"),
+    knowledge=("feature",),
     tasks=("graph-ml",),
     objective=FFG2M,
     preparation=graph_batches,

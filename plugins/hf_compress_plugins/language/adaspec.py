@@ -113,6 +113,8 @@ METHOD = Method(
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2025}, eprint = {2510.19779}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence",),
+    knowledge=("feature",),
     tasks=("text-generation",),
     objective=AdaSPEC,
 )

@@ -219,6 +219,8 @@ METHOD = Method(
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2024}, eprint = {2407.16154}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence",),
+    knowledge=("feature", "curation"),
     tasks=("text-generation",),
     objective=DDK,
     preparation=domains,

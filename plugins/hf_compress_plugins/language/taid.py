@@ -151,6 +151,8 @@ METHOD = Method(
   booktitle = {International Conference on Learning Representations},
   year = {2025}, eprint = {2501.16937}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence",),
+    knowledge=("feature",),
     tasks=("text-generation", "text2text-generation", "text-classification", "token-classification", "fill-mask"),
     objective=TAID,
 )

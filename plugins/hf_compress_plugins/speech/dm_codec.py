@@ -287,6 +287,8 @@ METHOD = Method(
             Iqbal, Tariq and Amin, M Ashraful and Islam, Md Mofijul and Ali, Amin Ahsan},
   year = {2024}, eprint = {2410.15017}, archivePrefix = {arXiv}
 }""",
+    algorithm=("similarity",),
+    knowledge=("feature",),
     tasks=("audio-to-audio",),
     objective=DMCodec,
 )

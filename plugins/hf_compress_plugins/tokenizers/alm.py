@@ -388,6 +388,8 @@ METHOD = Method(
   author = {Minixhofer, Benjamin and Vuli{\\'c}, Ivan and Ponti, Edoardo Maria},
   year = {2025}, eprint = {2503.20083}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence",),
+    knowledge=("feature",),
     tasks=("text-generation",),
     objective=ALM,
     preparation=two_tokenizations,

@@ -206,6 +206,8 @@ METHOD = Method(
   booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year = {2023}, eprint = {2208.12256}, archivePrefix = {arXiv}
 }""",
+    algorithm=("similarity",),
+    knowledge=("feature",),
     tasks=("image-feature-extraction",),
     objective=DMAE,
     student=masked_student,

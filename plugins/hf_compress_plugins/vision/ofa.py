@@ -270,6 +270,8 @@ METHOD = Method(
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2023}, eprint = {2310.19444}, archivePrefix = {arXiv}
 }""",
+    algorithm=("divergence",),
+    knowledge=("feature",),
     tasks=("image-classification",),
     objective=OFA,
 )
