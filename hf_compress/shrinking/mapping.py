@@ -1,0 +1,304 @@
+"""From a teacher to the axes of its dimensions, proven."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.errors import ConfigurationError
+
+from . import axes as a
+from . import sizes as s
+from .axes import Axis
+from .proof import Probe
+from .sizes import REMEDY, Dimension
+
+_HEADS, _KEY_VALUE_HEADS, _HEAD, _VOCABULARY = 4, 2, 32, 64
+"""Sizes of the small models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """The axes of a model's dimensions, and its sizes."""
+
+    axes: tuple[Axis, ...]
+    hidden: int
+    heads: int | None
+    """None where attention is not in heads that can be told apart."""
+    key_value_heads: int | None
+    head_dim: int | None
+    coupled: bool
+    """Whether the config can only express hidden = heads × head_dim."""
+
+    def of(self, *dimensions: Dimension) -> list[Axis]:
+        return [axis for axis in self.axes if axis.dimension in dimensions]
+
+    def groups(self, dimension: Dimension) -> list[str]:
+        """In the model's order."""
+        return list(dict.fromkeys(axis.group for axis in self.of(dimension)))
+
+
+def find(teacher: nn.Module, dimensions: Iterable[Dimension]) -> Map:
+    """The axes that carry these dimensions.
+
+    Args:
+        teacher: any model of transformers with one config.
+        dimensions: which ones; `key_value_heads` come with `heads`; where hidden and heads are one, both come.
+
+    Raises:
+        ConfigurationError: if a weight cannot be mapped or a permutation of what was found changes the outputs.
+    """
+    s.check_plain(teacher)
+    wanted = set(dimensions)
+    try:
+        return _Finder(teacher).find(wanted)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # a class may fail in its own way at sizes that it does not have
+        raise ConfigurationError(
+            f"shrink cannot try {type(teacher).__name__} at other sizes: {type(error).__name__}: {error}. {REMEDY}"
+        ) from error
+
+
+class _Finder:
+    """Small models of the teacher's class, and what their shapes tell."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        config: Any = teacher.config
+        self.teacher, self.config, self.cls = teacher, config, type(teacher)
+        self.known = a.shapes(teacher)
+        heads = s.names(config, "heads")
+        self.heads: int | None = getattr(config, heads[0]) if heads else None
+        named = s.names(config, "key_value_heads")
+        self.key_value_heads: int | None = getattr(config, named[0]) if named else None
+        given = getattr(config, "head_dim", None)
+        self.head_dim = None if self.heads is None else given or config.hidden_size // self.heads
+        self.base: dict[Dimension, int] = {"hidden": _HEADS * _HEAD, "vocabulary": self._vocabulary()}
+        if self.heads is not None:
+            self.base["heads"] = _HEADS
+        if self.key_value_heads is not None:
+            self.base["key_value_heads"] = _HEADS if self.key_value_heads == self.heads else _KEY_VALUE_HEADS
+        self.base["intermediate"] = 2 * self.base["hidden"]
+        self.coupled = not self._has_heads_of_their_own()
+
+    def _vocabulary(self) -> int:
+        padding = getattr(self.config, "pad_token_id", None)
+        least = max(_VOCABULARY, (padding if isinstance(padding, int) else 0) + 1)
+        return min(getattr(self.config, "vocab_size", least), least)
+
+    def _shapes(self, changes: Mapping[Dimension, int] = MappingProxyType({})) -> dict[str, tuple[int, ...]]:
+        return a.shapes(s.on_meta(self.cls, self._config(changes)))
+
+    def _config(self, changes: Mapping[Dimension, int] = MappingProxyType({})) -> Any:
+        config = s.resized(self.config, {**self.base, **changes}, None if self.coupled else self.head_dim)
+        if hasattr(config, "max_source_positions"):
+            config.max_source_positions = 16
+        return config
+
+    def _has_heads_of_their_own(self) -> bool:
+        """Whether twice the heads give larger weights: the size of a head is then a number in the config."""
+        self.coupled = False
+        if self.heads is None:
+            return True
+        try:
+            found = a.changed(self._shapes(), self._shapes({"heads": 2 * _HEADS}), _HEADS)
+        except Exception:  # whatever the class says of 8 heads in a width for 4: they are coupled
+            return False
+        return any(count % self.head_dim == 0 for count in found.values())  # type: ignore[operator]  # has heads
+
+    def find(self, wanted: set[Dimension]) -> Map:
+        if self.coupled and wanted & {"hidden", "heads"}:
+            wanted |= {"hidden", "heads"}
+        if "heads" in wanted and self.key_value_heads is not None:
+            wanted.add("key_value_heads")
+        self.probe = Probe(self.cls, self._config())
+        before = self._shapes()
+        found: list[Axis] = []
+        if "intermediate" in wanted or "hidden" in wanted:
+            found += self._intermediate(before)
+        taken = {(axis.weight, axis.axis) for axis in found}
+        if self.coupled and wanted & {"hidden", "heads"}:
+            found += self._width(before, taken)
+        else:
+            for dimension in ("hidden", "heads", "key_value_heads"):
+                if dimension in wanted:
+                    found += self._plain(before, dimension, taken)
+        if "vocabulary" in wanted:
+            found += self._plain(before, "vocabulary", set())
+        found = [axis for axis in a.grouped(found) if axis.dimension in wanted]
+        for together in (("hidden",), ("heads", "key_value_heads"), ("intermediate",)):
+            found = self._proven(found, together)
+        return Map(
+            axes=tuple(self._of_teacher(axis) for axis in found),
+            hidden=self.config.hidden_size,
+            heads=self.heads,
+            key_value_heads=self.key_value_heads,
+            head_dim=self.head_dim,
+            coupled=self.coupled,
+        )
+
+    def _intermediate(self, before: a.Shapes) -> list[Axis]:
+        if not s.names(self.config, "intermediate"):
+            return []
+        return self._plain(before, "intermediate", set())
+
+    def _plain(self, before: a.Shapes, dimension: Dimension, taken: set[tuple[str, int]]) -> list[Axis]:
+        """Axes of a size that can be changed alone."""
+        if not s.names(self.config, dimension):
+            return []
+        size = self.base[dimension]
+        other = size // 2 if dimension == "key_value_heads" else 2 * size
+        extra: dict[Dimension, int] = {}
+        if dimension == "hidden" and s.names(self.config, "intermediate") == [s.RATIO]:
+            extra = {"intermediate": 2 * self.base["intermediate"]}
+        counts = a.changed(before, self._shapes({dimension: other, **extra}), other - size)
+        width = self.head_dim if dimension in ("heads", "key_value_heads") else 1
+        assert width is not None  # a config with heads
+        return [
+            _axis(weight, axis, dimension, count, width)
+            for (weight, axis), count in counts.items()
+            if (weight, axis) not in taken
+        ]
+
+    def _width(self, before: a.Shapes, taken: set[tuple[str, int]]) -> list[Axis]:
+        """Axes of hidden and heads, where both can only grow together."""
+        sizes: dict[Dimension, int] = {"hidden": 2 * self.base["hidden"], "heads": 2 * _HEADS}
+        if s.names(self.config, "intermediate") == [s.RATIO]:
+            sizes["intermediate"] = 2 * self.base["intermediate"]
+        counts = a.changed(before, self._shapes(sizes), _HEADS)
+        counts = {key: count for key, count in counts.items() if key not in taken}
+        roles = _attention(self.probe, counts)
+        found = []
+        for (weight, axis), count in counts.items():
+            if count == 1 or roles.get((weight, axis)):
+                found.append(_axis(weight, axis, "heads", count, _HEAD))
+            else:
+                found.append(_axis(weight, axis, "hidden", count / _HEAD, 1))
+        return found
+
+    def _proven(self, found: list[Axis], together: Sequence[Dimension]) -> list[Axis]:
+        """With the layout and grouping under which permuting these dimensions changes no output."""
+        own = [axis for axis in found if axis.dimension in together]
+        if not own:
+            return found
+        others = [axis for axis in found if axis.dimension not in together]
+        for candidate in _candidates(own):
+            if self.probe.holds(candidate, self._orders(candidate)):
+                return [*others, *candidate]
+        raise ConfigurationError(
+            f"shrink cannot map the {together[0]} of {type(self.teacher).__name__}: when it permutes what it found in "
+            f"{_listed(own)}, the outputs change. {REMEDY}"
+        )
+
+    def _orders(self, found: Sequence[Axis]) -> dict[tuple[Dimension, str], Tensor]:
+        """Random orders, every unit in another place; queries stay with the keys and values that they read."""
+        draw = torch.Generator().manual_seed(2)
+        orders: dict[tuple[Dimension, str], Tensor] = {}
+        shapes = {name: tensor.shape for name, tensor in self.probe.state.items()}
+        for axis in found:
+            key = (axis.dimension, axis.group)
+            if key in orders or (axis.dimension == "heads" and self.key_value_heads is not None):
+                continue
+            orders[key] = _moved(axis.units(shapes[axis.weight][axis.axis]), draw)
+        if self.key_value_heads is not None:
+            for group in dict.fromkeys(axis.group for axis in found if axis.dimension == "heads"):
+                keys = orders.setdefault(("key_value_heads", group), _moved(self.base["key_value_heads"], draw))
+                each = _HEADS // len(keys)
+                within = torch.stack([_moved(each, draw) for _ in keys])
+                orders["heads", group] = (keys[:, None] * each + within).flatten()
+        return orders
+
+    def _of_teacher(self, axis: Axis) -> Axis:
+        """The same axis at the teacher's size of a head.
+
+        Raises:
+            ConfigurationError: if its size there is another than the small models let expect.
+        """
+        assert self.head_dim is not None or axis.width == 1
+        if axis.width > 1 and self.head_dim is not None:
+            axis = replace(axis, width=self.head_dim)
+        size = self.known[axis.weight][axis.axis]
+        expected = {
+            "hidden": self.config.hidden_size,
+            "heads": self.heads,
+            "key_value_heads": self.key_value_heads,
+            "vocabulary": getattr(self.config, "vocab_size", None),
+        }.get(axis.dimension, axis.units(size))
+        if expected * axis.copies * axis.width != size:
+            raise ConfigurationError(
+                f"shrink cannot map axis {axis.axis} of {axis.weight}: it has {size} numbers, and {expected} "
+                f"{axis.dimension} would have {expected * axis.copies * axis.width}. {REMEDY}"
+            )
+        return axis
+
+
+def _moved(count: int, draw: torch.Generator) -> Tensor:
+    """A random order in which nothing stays where it was: one cycle through all."""
+    cycle = torch.randperm(count, generator=draw)
+    order = torch.empty_like(cycle)
+    order[cycle] = cycle.roll(1)
+    return order
+
+
+def _axis(weight: str, axis: int, dimension: Dimension, count: float, width: int) -> Axis:
+    """An axis with `count` numbers a unit, of which `width` lie together, or one.
+
+    Raises:
+        ConfigurationError: if they are no whole number of units, as in a convolution in groups.
+    """
+    if count == 1:
+        return Axis(weight=weight, axis=axis, dimension=dimension)
+    if count < 1 or count % width:
+        raise ConfigurationError(
+            f"shrink cannot map {weight}: it has {count:g} numbers for each of the {dimension}, expected a multiple of "
+            f"{width}. {REMEDY}"
+        )
+    return Axis(weight=weight, axis=axis, dimension=dimension, copies=int(count) // width, width=width)
+
+
+def _attention(probe: Probe, counts: Mapping[tuple[str, int], float]) -> dict[tuple[str, int], bool]:
+    """Whether an axis is one of heads: outputs of the linears of an attention, but the input of its last."""
+    order = {name: number for number, name in enumerate(probe.called)}
+    parts: dict[tuple[str, str], list[str]] = {}
+    for weight, axis in counts:
+        path = weight.rpartition(".")[0]
+        both = {(weight, 0), (weight, 1)} <= counts.keys()
+        where = a.place(weight)
+        if axis == 0 and both and where[0] and a.is_linear(probe.model.get_submodule(path)) and path in order:
+            parts.setdefault(where, []).append(path)
+    found = {}
+    for paths in parts.values():
+        if len(paths) < 2:
+            continue
+        last = max(paths, key=order.__getitem__)
+        for path in paths:
+            module = probe.model.get_submodule(path)
+            into = 1 if isinstance(module, nn.Linear) else 0  # Conv1D is laid out the other way round
+            found[f"{path}.weight", into if path == last else 1 - into] = True
+            found[f"{path}.bias", 0] = path != last
+    return found
+
+
+def _candidates(own: Sequence[Axis]) -> Iterator[list[Axis]]:
+    """The layouts and groupings that an architecture may have, the usual first."""
+    fused = any(axis.copies > 1 for axis in own)
+    alone = [False, True] if any(axis.group for axis in own) else [False]
+    for shared, interleaved in product(alone, [False, True] if fused else [False]):
+        found = [replace(axis, interleaved=interleaved and axis.copies > 1) for axis in own]
+        yield [replace(axis, group=_stack(axis)) for axis in found] if shared else found
+
+
+def _stack(axis: Axis) -> str:
+    """A group for all layers: T5 computes the position bias of all in the first."""
+    block, part = a.place(axis.weight)
+    return f"{block.rpartition('.')[0]}.*.{part}"
+
+
+def _listed(own: Sequence[Axis]) -> str:
+    return ", ".join(dict.fromkeys(axis.weight for axis in own[:3])) + (" …" if len(own) > 3 else "")
