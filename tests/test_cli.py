@@ -28,8 +28,8 @@ from typer.main import get_command
 from hf_compress import cli, facts, fitting, registry
 
 COMMANDS = (
-    "methods", "plan", "export", "evaluate", "verify", "card", "report", "push", "pull", "compress", "distill", "cache",
-    "demo",
+    "methods", "plan", "shrink", "export", "evaluate", "verify", "card", "report", "push", "pull", "compress",
+    "distill", "cache", "demo",
 )  # fmt: skip
 
 

@@ -77,6 +77,19 @@ def read_rows(path: Path, *, split: str | None = None) -> datasets.Dataset:
     return rows
 
 
+def texts(path: Path, column: str) -> list[str]:
+    """The texts of one file; errors as `read_rows`.
+
+    Raises:
+        UnknownNameError: if it has no such column.
+    """
+    rows = read_rows(path)
+    if column not in rows.column_names:
+        raise UnknownNameError("column of texts", column, rows.column_names)
+    found: list[str] = rows[column][:]
+    return found
+
+
 def _check_bounds(path: Path, builder: str) -> None:
     """Refuses a text file of absurdly many columns, or one that unpacks to far more than text does."""
     if builder == "parquet":

@@ -57,7 +57,8 @@ def find(teacher: nn.Module, dimensions: Iterable[Dimension]) -> Map:
     s.check_plain(teacher)
     wanted = set(dimensions)
     try:
-        return _Finder(teacher).find(wanted)
+        with torch.device("cpu"):  # whatever the caller's default is
+            return _Finder(teacher).find(wanted)
     except ConfigurationError:
         raise
     except Exception as error:  # a class may fail in its own way at sizes that it does not have

@@ -146,9 +146,7 @@ def _narrowed(
     tally: _Tally,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Config and weights at other sizes, all layers still there."""
-    found = mapping.find(teacher, asked.dimensions() | ({"intermediate"} if _has_ratio(config) else set()))
-    neurons = [axis.units(state[axis.weight].shape[axis.axis]) for axis in found.of("intermediate")]
-    sizes = width.resolved(asked, found, config, min(neurons, default=None))
+    found, sizes = check_sizes(teacher, asked)
     values = scores.norms(teacher, found) if data is None else scores.activations(teacher, found, data)
     kept = width.select(values, found, sizes)
     tally.widths(found, values, kept, sizes, squares=data is None)
@@ -157,8 +155,23 @@ def _narrowed(
     return config, a.gathered(state, found.axes, kept)
 
 
-def _has_ratio(config: Any) -> bool:
-    return s.names(config, "intermediate") == [s.RATIO]
+def check_sizes(teacher: nn.Module, asked: Width) -> tuple[mapping.Map, dict[Dimension, int]]:
+    """The teacher's axes, and every size that the student's config gets; of weights only shapes are read.
+
+    Args:
+        teacher: its tensors may be without memory.
+        asked: sizes of the student.
+
+    Raises:
+        ConfigurationError: as `shrink`, for sizes that cannot be had.
+    """
+    config, known = teacher.config, a.shapes(teacher)
+    dimensions = asked.dimensions()
+    if s.names(config, "intermediate") == [s.RATIO]:
+        dimensions.add("intermediate")
+    found = mapping.find(teacher, dimensions)
+    neurons = [axis.units(known[axis.weight][axis.axis]) for axis in found.of("intermediate")]
+    return found, width.resolved(asked, found, config, min(neurons, default=None))
 
 
 def built(teacher: PreTrainedModel, config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
