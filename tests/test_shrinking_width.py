@@ -60,6 +60,7 @@ PATTERNS: dict[str, Names] = {
         r"\.o_proj\.|attention\.output\.dense",
         r"\.fc2\.|\d\.output\.dense",
     ),
+    "wav2vec2": (r"\.[qkv]_proj\.", r"\.out_proj\.", r"\.output_dense\."),
     "DINOv2": (r"\.(query|key|value)\.", r"attention\.output\.dense", r"\.fc2\."),
 }
 every = pytest.mark.parametrize("family", PATTERNS)
@@ -94,19 +95,22 @@ def output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def reading(model: nn.Module, name: str) -> int | None:
     """The axis of a weight along which it reads its input."""
     module = model.get_submodule(name.rpartition(".")[0])
+    if name.endswith("weight.original1"):
+        return 1
     if name.rpartition(".")[2] == "bias" or isinstance(module, nn.Embedding):
         return None
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
         return 1
     if isinstance(module, Conv1D):
         return 0
-    return {"experts": 2, "gate": 1}.get(name.split(".")[-2])  # Mixtral's
+    return {"experts": 2, "gate": 1}.get(f".{name}".split(".")[-2])  # Mixtral's
 
 
-def prepared(model: nn.Module, names: Names, *, shared: bool) -> None:
+def prepared(model: nn.Module, family: str) -> None:
     """Makes half of all units useless: the weights of half of the heads and neurons are zero; hidden dimensions are
     written twice and the second copy is not read, so that a norm over both is one over the first."""
-    writes, reads, down = (re.compile(pattern) for pattern in names)
+    writes, reads, down = (re.compile(pattern) for pattern in PATTERNS[family])
+    shared, parts = family == "T5", 2 if family == "wav2vec2" else 1
     with torch.no_grad():
         for name, weight in model.named_parameters():
             layer = re.search(r"\.(\d+)\.", f".{name}")
@@ -119,25 +123,25 @@ def prepared(model: nn.Module, names: Names, *, shared: bool) -> None:
                 if through or size in (NEURONS, 2 * NEURONS):
                     for part in along.chunk(max(fused, 1)):
                         part.chunk(2)[useless].zero_()
-                elif size == HIDDEN and read:
-                    along[HIDDEN // 2 :] = 0.0
-                elif size == HIDDEN:
-                    along[HIDDEN // 2 :] = along[: HIDDEN // 2].clone()
+                elif size == HIDDEN or (read and name.endswith("original1")):  # a convolution in two groups
+                    for part in along.chunk(parts * size // HIDDEN):
+                        first, second = part.chunk(2)
+                        second.copy_(torch.zeros_like(first) if read else first)
 
 
 @every
 def test_a_student_without_what_nobody_reads_computes_what_its_teacher_computes(family: str) -> None:
     teacher = made(family)
-    prepared(teacher, PATTERNS[family], shared=family == "T5")
+    prepared(teacher, family)
 
     student = shrink(teacher, hidden=HIDDEN // 2, heads=HEADS // 2, intermediate=NEURONS // 2)
 
     inputs = sample(teacher)
     expected = output(teacher, inputs)
     found = output(student, inputs)
-    assert found.shape[-1] == HIDDEN // 2
-    torch.testing.assert_close(found, expected[..., : HIDDEN // 2], rtol=1e-4, atol=1e-5)
-    assert expected[..., : HIDDEN // 2].std() > 0.1
+    kept = [*range(8), *range(16, 24)] if family == "wav2vec2" else list(range(HIDDEN // 2))
+    torch.testing.assert_close(found, expected[..., kept], rtol=1e-4, atol=1e-5)
+    assert expected[..., kept].std() > 0.1
 
 
 @every
@@ -153,7 +157,12 @@ def test_nothing_asked_is_a_copy_bit_by_bit(family: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(student.buffers(), teacher.buffers(), strict=True))
 
 
-TASK = {"T5": "encoder-decoder LM", "BART": "encoder-decoder LM", "Whisper": "speech to text"}
+TASK = {
+    "T5": "encoder-decoder LM",
+    "wav2vec2": "speech to text",
+    "BART": "encoder-decoder LM",
+    "Whisper": "speech to text",
+}
 
 
 @every
@@ -312,6 +321,7 @@ def test_every_family_can_be_watched() -> None:
         ("BERT", "single-label", {"key_value_heads": 1}, "key_value_heads: a BertConfig has no such size"),
         ("Llama", "causal LM", {"heads": 3}, "heads can be 1, 2, 4"),
         ("Llama", "causal LM", {"heads": 2, "key_value_heads": 1, "hidden": 33}, "hidden must lie in 1 … 32"),
+        ("wav2vec2", "single-label", {"hidden": 15, "heads": 1}, "hidden=15 with heads=1"),
         ("DINOv2", "single-label", {"hidden": 24}, "a Dinov2Config has a whole mlp_ratio .* Give intermediate=120"),
         ("Llama", "causal LM", {"heads": 4, "key_value_heads": 1}, "at most 2. Give heads=4, key_value_heads=2"),
         ("Mixtral", "causal LM", {"intermediate": 64, "data": [{}]}, "no linear layer reads them. Leave data out"),
@@ -328,7 +338,7 @@ def test_what_a_config_cannot_express_is_refused_with_what_it_can(
 
 def test_each_size_says_what_it_gave_up() -> None:
     teacher = made("BERT", "single-label")
-    prepared(teacher, BERT, shared=False)
+    prepared(teacher, "BERT")
     count = sum(weight.numel() for weight in teacher.parameters())
 
     found = cut(teacher, layers=[1], width=Width(hidden=16, heads=2, intermediate=64))

@@ -35,6 +35,8 @@ class Axis:
     width: int = 1
     """Numbers of a unit: the size of a head, else 1."""
     interleaved: bool = False
+    groups: int = 1
+    """Of a convolution in groups: its input axis holds the units of a group, other ones for each group of outputs."""
     group: str = ""
     """Axes of one group are cut alike: an attention, the neurons of a block; empty for the whole model."""
 
@@ -52,7 +54,15 @@ class Axis:
 
     def units(self, size: int) -> int:
         """How many units an axis of that size has."""
-        return size // (self.copies * self.width)
+        return size * self.groups // (self.copies * self.width)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """(unit,) sums over a weight's numbers that go with each unit."""
+        if self.groups > 1:
+            parts = values.view(self.groups, -1, *values.shape[1:]).movedim(2, 1)
+            return parts.flatten(2).sum(2).flatten()
+        others = [other for other in range(values.dim()) if other != self.axis]
+        return self.by_unit(values.sum(others) if others else values)
 
     def by_unit(self, values: Tensor) -> Tensor:
         """(unit,) sums of values along the axis."""
@@ -132,10 +142,34 @@ def gathered(
         kept: (unit,) indices by dimension and group.
     """
     result = dict(state)
-    for axis in found:
+    for axis in sorted(found, key=lambda axis: axis.groups):  # a convolution's outputs before its inputs
         units = kept.get((axis.dimension, axis.group))
-        if units is not None:
+        if units is not None and axis.weight in result:
             tensor = result[axis.weight]
-            at = axis.positions(units, tensor.shape[axis.axis]).to(tensor.device)
-            result[axis.weight] = tensor.index_select(axis.axis, at)
+            if axis.groups > 1:
+                result[axis.weight] = _inputs_of_groups(tensor, units.to(tensor.device), axis.groups)
+            else:
+                at = axis.positions(units, tensor.shape[axis.axis]).to(tensor.device)
+                result[axis.weight] = tensor.index_select(axis.axis, at)
+    return _of_the_same_norm(state, result)
+
+
+def _inputs_of_groups(tensor: Tensor, units: Tensor, groups: int) -> Tensor:
+    """A convolution's weight (output, input of a group, …) whose outputs are cut already, with the inputs cut too."""
+    inside = units.view(groups, -1) % tensor.shape[1]
+    parts = tensor.view(groups, -1, *tensor.shape[1:])
+    return torch.stack([part.index_select(1, at) for part, at in zip(parts, inside, strict=True)]).flatten(0, 1)
+
+
+def _of_the_same_norm(state: Mapping[str, Tensor], result: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where a weight is stored as length and direction, the lengths of what is left of it."""
+    for name, length in state.items():
+        direction = name.removesuffix("0") + "1"
+        if not name.endswith(".original0") or result[direction] is state[direction]:
+            continue
+        alone = [axis for axis, size in enumerate(length.shape) if size == 1]
+        if result[name] is not length:
+            raise ConfigurationError(f"shrink cannot map {name}, whose lengths are cut themselves. {REMEDY}")
+        norms = (weights[direction].norm(dim=alone, keepdim=True) for weights in (result, state))
+        result[name] = length * next(norms) / next(norms)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from hf_compress.errors import ConfigurationError
 from hf_compress.taps import stacks
 
-from .sizes import REMEDY
+from .sizes import REMEDY, on_meta
 
 Keep = Literal["even", "first", "last"]
 _PLACE_OR_MODE = "^_|layer_|idx|drop|training|checkpointing"
@@ -38,7 +39,7 @@ def stack(model: nn.Module) -> str:
     """Name of the one list of blocks that the config counts."""
     config = getattr(model, "config", None)
     depth = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
-    return _one(model, depth, "")
+    return _one(model, depth, "", "num_hidden_layers")
 
 
 def side(model: nn.Module, decoder: bool = False) -> Stack:
@@ -65,17 +66,32 @@ def side(model: nn.Module, decoder: bool = False) -> Stack:
     half: nn.Module = model.get_decoder() if decoder else model.get_encoder()  # type: ignore[operator]
     path = next(name for name, module in model.named_modules() if module is half)
     said = "decoder layers" if decoder else "encoder layers"
-    return Stack(path=_one(half, held[size], f"{path}.".lstrip(".")), size=size, depth=held[size], said=said)
+    return Stack(path=_one(half, held[size], f"{path}.".lstrip("."), size), size=size, depth=held[size], said=said)
 
 
-def _one(model: nn.Module, depth: int | None, prefix: str) -> str:
-    outer = [prefix + name for name in stacks(model, depth or 0)]
+def _one(model: nn.Module, depth: int | None, prefix: str, size: str) -> str:
+    outer = stacks(model, depth or 0)
+    if len(outer) > 1:
+        outer = _growing(model, outer, size)
     if len(outer) != 1:
         raise ConfigurationError(
-            f"shrink looks for one list of {depth} layers in {type(model).__name__} and found {outer or 'none'}. "
-            f"{REMEDY}"
+            f"shrink looks for one list of {depth} layers in {type(model).__name__} and found "
+            f"{[prefix + name for name in outer] or 'none'}. {REMEDY}"
         )
-    return outer[0]
+    return prefix + outer[0]
+
+
+def _growing(model: nn.Module, lists: list[str], size: str) -> list[str]:
+    """Of lists of modules those that the size in the config makes longer: others may be as long by chance."""
+    config: Any = copy.deepcopy(model.config)
+    if config.get_text_config() is not config:
+        return lists
+    setattr(config, size, getattr(config, size) + 1)
+    try:
+        longer = on_meta(type(model), config)
+    except Exception:  # what the config says of each layer does not fit: then the lists stay what they are
+        return lists
+    return [name for name in lists if len(longer.get_submodule(name)) > len(model.get_submodule(name))]  # type: ignore[arg-type]  # lists
 
 
 def choose(depth: int, layers: int | Sequence[int], keep: Keep, name: str = "layers") -> list[int]:

@@ -36,6 +36,11 @@ class Map:
     coupled: bool
     """Whether the config can only express hidden = heads × head_dim."""
 
+    @property
+    def parts(self) -> int:
+        """From how many equal parts of the hidden dimensions equally many are kept: groups of a convolution."""
+        return max((axis.groups for axis in self.of("hidden")), default=1)
+
     def of(self, *dimensions: Dimension) -> list[Axis]:
         return [axis for axis in self.axes if axis.dimension in dimensions]
 
@@ -162,7 +167,7 @@ class _Finder:
         width = self.head_dim if dimension in ("heads", "key_value_heads") else 1
         assert width is not None  # a config with heads
         return [
-            _axis(weight, axis, dimension, count, width)
+            _axis(weight, axis, dimension, count, width, self._groups(weight, axis))
             for (weight, axis), count in counts.items()
             if (weight, axis) not in taken
         ]
@@ -177,11 +182,20 @@ class _Finder:
         roles = _attention(self.probe, counts)
         found = []
         for (weight, axis), count in counts.items():
-            if count == 1 or roles.get((weight, axis)):
-                found.append(_axis(weight, axis, "heads", count, _HEAD))
+            alone = count == 1 and self._groups(weight, axis) == 1
+            if alone or roles.get((weight, axis)):
+                found.append(_axis(weight, axis, "heads", count, _HEAD, 1))
             else:
-                found.append(_axis(weight, axis, "hidden", count / _HEAD, 1))
+                found.append(_axis(weight, axis, "hidden", count / _HEAD, 1, self._groups(weight, axis)))
         return found
+
+    def _groups(self, weight: str, axis: int) -> int:
+        """Of the convolution whose inputs lie along that axis, else 1."""
+        path = (
+            weight.partition(".parametrizations.")[0] if ".parametrizations." in weight else weight.rpartition(".")[0]
+        )
+        module = self.probe.model.get_submodule(path)
+        return module.groups if axis == 1 and isinstance(module, nn.Conv1d | nn.Conv2d) else 1
 
     def _proven(self, found: list[Axis], together: Sequence[Dimension]) -> list[Axis]:
         """With the layout and grouping under which permuting these dimensions changes no output."""
@@ -206,13 +220,12 @@ class _Finder:
             key = (axis.dimension, axis.group)
             if key in orders or (axis.dimension == "heads" and self.key_value_heads is not None):
                 continue
-            orders[key] = _moved(axis.units(shapes[axis.weight][axis.axis]), draw)
+            count, parts = axis.units(shapes[axis.weight][axis.axis]), max(each.groups for each in found)
+            orders[key] = _together(_moved(parts, draw), count // parts, draw)
         if self.key_value_heads is not None:
             for group in dict.fromkeys(axis.group for axis in found if axis.dimension == "heads"):
                 keys = orders.setdefault(("key_value_heads", group), _moved(self.base["key_value_heads"], draw))
-                each = _HEADS // len(keys)
-                within = torch.stack([_moved(each, draw) for _ in keys])
-                orders["heads", group] = (keys[:, None] * each + within).flatten()
+                orders["heads", group] = _together(keys, _HEADS // len(keys), draw)
         return orders
 
     def _of_teacher(self, axis: Axis) -> Axis:
@@ -231,10 +244,10 @@ class _Finder:
             "key_value_heads": self.key_value_heads,
             "vocabulary": getattr(self.config, "vocab_size", None),
         }.get(axis.dimension, axis.units(size))
-        if expected * axis.copies * axis.width != size:
+        if expected * axis.copies * axis.width != size * axis.groups:
             raise ConfigurationError(
-                f"shrink cannot map axis {axis.axis} of {axis.weight}: it has {size} numbers, and {expected} "
-                f"{axis.dimension} would have {expected * axis.copies * axis.width}. {REMEDY}"
+                f"shrink cannot map axis {axis.axis} of {axis.weight}: it has {size * axis.groups} numbers, and "
+                f"{expected} {axis.dimension} would have {expected * axis.copies * axis.width}. {REMEDY}"
             )
         return axis
 
@@ -247,12 +260,20 @@ def _moved(count: int, draw: torch.Generator) -> Tensor:
     return order
 
 
-def _axis(weight: str, axis: int, dimension: Dimension, count: float, width: int) -> Axis:
+def _together(parts: Tensor, each: int, draw: torch.Generator) -> Tensor:
+    """An order of units that lie in parts of `each`: the parts in that order, moved inside."""
+    within = torch.stack([_moved(each, draw) for _ in parts])
+    return (parts[:, None] * each + within).flatten()
+
+
+def _axis(weight: str, axis: int, dimension: Dimension, count: float, width: int, groups: int) -> Axis:
     """An axis with `count` numbers a unit, of which `width` lie together, or one.
 
     Raises:
-        ConfigurationError: if they are no whole number of units, as in a convolution in groups.
+        ConfigurationError: if they are no whole number of units.
     """
+    if groups > 1 and count * groups == 1:
+        return Axis(weight=weight, axis=axis, dimension=dimension, groups=groups)
     if count == 1:
         return Axis(weight=weight, axis=axis, dimension=dimension)
     if count < 1 or count % width:

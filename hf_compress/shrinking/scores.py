@@ -30,9 +30,7 @@ def norms(model: nn.Module, found: Map) -> Scores:
         if (weight.data_ptr(), axis.axis) in seen or not weight.is_floating_point():  # tied weights count once
             continue
         seen.add((weight.data_ptr(), axis.axis))
-        others = [other for other in range(weight.dim()) if other != axis.axis]
-        squares = weight.detach().to(torch.float64).square()
-        values = axis.by_unit(squares.sum(others) if others else squares).cpu()
+        values = axis.sums(weight.detach().to(torch.float64).square()).cpu()
         key = (axis.dimension, axis.group)
         scores[key] = scores[key] + values if key in scores else values
     return scores

@@ -67,6 +67,11 @@ def resolved(asked: Width, found: Map, config: Any, intermediate: int | None) ->
                 raise ConfigurationError(f"{dimension} must lie in 1 … {most}, the teacher's number, got {value}.")
             result[dimension] = value
     _check_coupled(result, found, config)
+    if result.get("hidden", 0) % found.parts:
+        raise ConfigurationError(
+            f"hidden={result['hidden']}: a convolution reads the hidden dimensions in {found.parts} groups, of which "
+            f"equally many are kept. Give a multiple of {found.parts}."
+        )
     if ("heads" in result or "key_value_heads" in result) and found.key_value_heads is not None:
         heads, keys = _key_value_heads(asked, found)
         result["heads"], result["key_value_heads"] = heads, keys
@@ -149,13 +154,19 @@ def select(scores: Scores, found: Map, wanted: Mapping[Dimension, int]) -> Kept:
             queries, chosen = _heads(values, keys, wanted["heads"], wanted["key_value_heads"])
             kept["heads", group], kept["key_value_heads", group] = queries, chosen
         else:
-            kept[dimension, group] = largest(values, wanted[dimension])
+            parts = found.parts if dimension == "hidden" else 1
+            kept[dimension, group] = _of_parts(values.view(parts, -1), wanted[dimension] // parts)
     return kept
 
 
 def largest(values: Tensor, count: int) -> Tensor:
     """(count,) rising indices of the largest values; of equal ones the first."""
     return values.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _of_parts(values: Tensor, count: int) -> Tensor:
+    """Rising indices of the largest values of each of several parts (part, unit)."""
+    return torch.cat([largest(part, count) + place * len(part) for place, part in enumerate(values)])
 
 
 def _heads(queries: Tensor, keys: Tensor, heads: int, key_value_heads: int) -> tuple[Tensor, Tensor]:
