@@ -319,6 +319,8 @@ def test_every_family_can_be_watched() -> None:
         ),
         ("BERT", "single-label", {"hidden": 0, "heads": 1}, "hidden must lie in 1 … 32, the teacher's number, got 0"),
         ("BERT", "single-label", {"key_value_heads": 1}, "key_value_heads: a BertConfig has no such size"),
+        ("Llama", "causal LM", {"hidden": 18}, "LlamaConfig cannot express it.* Give hidden=16 or hidden=20"),
+        ("Llama", "causal LM", {"hidden": 31}, "Give hidden=28 or hidden=32"),
         ("Llama", "causal LM", {"heads": 3}, "heads can be 1, 2, 4"),
         ("Llama", "causal LM", {"heads": 2, "key_value_heads": 1, "hidden": 33}, "hidden must lie in 1 … 32"),
         ("wav2vec2", "single-label", {"hidden": 15, "heads": 1}, "hidden=15 with heads=1"),

@@ -150,9 +150,7 @@ def _narrowed(
     values = scores.norms(teacher, found) if data is None else scores.activations(teacher, found, data)
     kept = width.select(values, found, sizes)
     tally.widths(found, values, kept, sizes, squares=data is None)
-    changed = {"hidden", "heads"} & sizes.keys() and not found.coupled
-    config = s.resized(config, sizes, found.head_dim if changed else None)
-    return config, a.gathered(state, found.axes, kept)
+    return width.config_of(sizes, found, config), a.gathered(state, found.axes, kept)
 
 
 def check_sizes(teacher: nn.Module, asked: Width) -> tuple[mapping.Map, dict[Dimension, int]]:
@@ -171,7 +169,9 @@ def check_sizes(teacher: nn.Module, asked: Width) -> tuple[mapping.Map, dict[Dim
         dimensions.add("intermediate")
     found = mapping.find(teacher, dimensions)
     neurons = [axis.units(known[axis.weight][axis.axis]) for axis in found.of("intermediate")]
-    return found, width.resolved(asked, found, config, min(neurons, default=None))
+    sizes = width.resolved(asked, found, config, min(neurons, default=None))
+    width.check_expressible(sizes, found, config)
+    return found, sizes
 
 
 def built(teacher: PreTrainedModel, config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -142,6 +142,42 @@ def _ratio(result: Mapping[Dimension, int], found: Map, config: Any) -> dict[Dim
     return {"intermediate": intermediate}
 
 
+def config_of(sizes: Mapping[Dimension, int], found: Map, before: Any) -> Any:
+    """The teacher's config at these sizes; with the size of a head where it would follow from them otherwise."""
+    changed = {"hidden", "heads"} & sizes.keys() and not found.coupled
+    return s.resized(before, sizes, found.head_dim if changed else None)
+
+
+def check_expressible(sizes: Mapping[Dimension, int], found: Map, before: Any) -> None:
+    """Refuses sizes that the config's class does not take: Llama's wants hidden to be a multiple of heads.
+
+    Raises:
+        ConfigurationError: with the nearest hidden sizes that it takes.
+    """
+
+    def taken(**changes: int) -> bool:
+        try:
+            s.check_loadable(config_of({**sizes, **changes}, found, before), "")  # type: ignore[dict-item]  # hidden
+        except ConfigurationError:
+            return False
+        return True
+
+    said = ", ".join(f"{name}={value}" for name, value in sizes.items())
+    try:
+        s.check_loadable(config_of(sizes, found, before), said)
+    except ConfigurationError as error:
+        wanted = sizes.get("hidden", found.hidden)
+        ways = (range(wanted - 1, 0, -1), range(wanted + 1, found.hidden + 1))
+        near = [next((size for size in way if taken(hidden=size)), None) for way in ways]
+        if not any(near):
+            raise
+        cause = str(error.__cause__).splitlines()[-1].strip().removesuffix(".")
+        can = " or ".join(f"hidden={size}" for size in near if size)
+        raise ConfigurationError(
+            f"{said}: a {type(before).__name__} cannot express it. {cause}. Give {can}."
+        ) from error
+
+
 def select(scores: Scores, found: Map, wanted: Mapping[Dimension, int]) -> Kept:
     """The units of largest score in each group; where several heads share keys and values, groups of heads first."""
     kept: Kept = {}
