@@ -118,7 +118,7 @@ def shrink(
     heads: Annotated[int | None, typer.Option(help="Attention heads to keep in each layer.")] = None,
     key_value_heads: Annotated[int | None, typer.Option(help="Where several heads share keys and values.")] = None,
     intermediate: Annotated[int | None, typer.Option(help="Neurons to keep in each MLP.")] = None,
-    by: Annotated[str, typer.Option(help="How units are chosen: norms, or activations on --data.")] = "norms",
+    by: Annotated[str | None, typer.Option(help="activations on --data, the default with it, or norms.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Most tokens to keep; without it all of the texts.")] = None,
     vocabulary_texts: Annotated[Path | None, typer.Option(help="Rows on which tokens are counted.")] = None,
     min_count: Annotated[int, typer.Option(min=1, help="Least occurrences of a token that is kept.")] = 1,

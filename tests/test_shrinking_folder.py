@@ -44,7 +44,7 @@ def test_the_command_writes_a_student_with_its_tokenizer_and_says_what_it_gave_u
     inputs: Path, tmp_path: Path, command: Command
 ) -> None:
     sizes = ("--layers", "0,2", "--hidden", 16, "--heads", 1, "--intermediate", 32)
-    texts = ("--vocabulary-texts", inputs / "train.csv", "--data", inputs / "test.csv", "--by", "activations")
+    texts = ("--vocabulary-texts", inputs / "train.csv", "--data", inputs / "test.csv")
 
     said = json.loads(command(inputs / "big", tmp_path / "small", *sizes, *texts, "--json"))
 
@@ -68,6 +68,15 @@ def test_the_table_has_a_line_for_each_size(inputs: Path, tmp_path: Path, comman
 
     assert "parameters after" in said
     assert ["layers" in line or "neurons" in line for line in said.splitlines()].count(True) == 2
+
+
+def test_norms_may_choose_beside_rows(inputs: Path, tmp_path: Path) -> None:
+    request = Request(width=Width(intermediate=16), by="norms")
+
+    changes, found = shrink_folder(str(inputs / "big"), tmp_path / "small", request, rows=ROWS)
+
+    assert found is not None
+    assert [change.of for change in changes] == ["weight norm"]
 
 
 def test_layers_that_are_no_numbers_are_refused(inputs: Path, tmp_path: Path, command: Command) -> None:
@@ -136,7 +145,7 @@ def test_a_processor_of_images_comes_along(tmp_path: Path) -> None:
     ("request_", "given", "message"),
     [
         (Request(), {}, "nothing is asked to be smaller"),
-        (Request(layers=1, by="activations"), {}, "activations are measured on rows"),
+        (Request(layers=1, by="activations"), {}, "and are measured on rows. Give such a size and data"),
         (Request(layers=1, by="luck"), {}, "chosen by norms or activations, got 'luck'"),  # type: ignore[arg-type]
         (Request(layers=1, vocabulary=9), {}, "counted on texts"),
         (Request(vocabulary=9), {"texts": WORDS}, r"size=9: \d+ pieces must stay"),

@@ -328,6 +328,12 @@ def test_every_family_can_be_watched() -> None:
         ("Llama", "causal LM", {"heads": 4, "key_value_heads": 1}, "at most 2. Give heads=4, key_value_heads=2"),
         ("Mixtral", "causal LM", {"intermediate": 64, "data": [{}]}, "no linear layer reads them. Leave data out"),
         ("BERT", "single-label", {"intermediate": 64, "data": []}, "data has no batch"),
+        (
+            "BERT",
+            "single-label",
+            {"layers": 1, "data": []},
+            "data chooses hidden dimensions, heads and neurons, and none",
+        ),
         ("ResNet", "single-label", {"hidden": 16}, "ResNetForImageClassification is made of several or of none"),
     ],
 )

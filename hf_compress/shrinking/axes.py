@@ -56,13 +56,15 @@ class Axis:
         """How many units an axis of that size has."""
         return size * self.groups // (self.copies * self.width)
 
-    def sums(self, values: Tensor) -> Tensor:
-        """(unit,) sums over a weight's numbers that go with each unit."""
+    def squares(self, weight: Tensor) -> Tensor:
+        """(unit,) sums of squares, in float64, of a weight's numbers that go with each unit."""
         if self.groups > 1:
-            parts = values.view(self.groups, -1, *values.shape[1:]).movedim(2, 1)
-            return parts.flatten(2).sum(2).flatten()
-        others = [other for other in range(values.dim()) if other != self.axis]
-        return self.by_unit(values.sum(others) if others else values)
+            parts = weight.view(self.groups, -1, *weight.shape[1:]).movedim(2, 1)
+            return parts.double().square().flatten(2).sum(2).flatten()
+        others = [other for other in range(weight.dim()) if other != self.axis]
+        if not others:
+            return self.by_unit(weight.double().square())
+        return self.by_unit(torch.linalg.vector_norm(weight, dim=others, dtype=torch.float64).square())
 
     def by_unit(self, values: Tensor) -> Tensor:
         """(unit,) sums of values along the axis."""

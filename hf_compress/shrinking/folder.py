@@ -38,8 +38,8 @@ class Request:
     decoder_layers: int | Sequence[int] | None = None
     keep: Keep = "even"
     width: Width = field(default_factory=Width)
-    by: By = "norms"
-    """activations: on the rows."""
+    by: By | None = None
+    """None: activations on the rows where there are some, else norms."""
     vocabulary: int | None = None
     """Most tokens that are kept; None: all that the texts hold."""
     min_count: int = 1
@@ -86,15 +86,15 @@ def shrink_folder(
         found = cut_vocabulary(whole, tokenizer, texts, size=request.vocabulary, min_count=request.min_count)
         model, smaller, ids, changes = found.student, found.tokenizer, torch.tensor(found.ids), [found.change]
     data = None
-    if request.by == "activations":
-        data = (batch for batch, _ in _batches(rows or (), smaller, smaller, request, bar, "activations"))
+    if rows is not None and request.width and request.by != "norms":
+        data = (batch for batch, _ in _batches(rows, smaller, smaller, request, bar, "activations"))
     made = cut(
         model,
         layers=request.layers,
         decoder_layers=request.decoder_layers,
         width=request.width,
         keep=request.keep,
-        data=data if request.width else None,
+        data=data,
     )
     if texts is not None:
         first, rest = model.config.compression_start, made.student.config.compression_start
@@ -124,10 +124,13 @@ def _check(output: Path, request: Request, texts: Sequence[str] | None, rows: Se
         raise ConfigurationError(
             "nothing is asked to be smaller. Give layers, hidden, heads, intermediate or texts for a vocabulary."
         )
-    if request.by not in get_args(By):
+    if request.by not in (None, *get_args(By)):
         raise ConfigurationError(f"units are chosen by {' or '.join(get_args(By))}, got {request.by!r}.")
-    if request.by == "activations" and rows is None:
-        raise ConfigurationError("activations are measured on rows. Give data too, or choose by norms.")
+    if request.by == "activations" and (rows is None or not request.width):
+        raise ConfigurationError(
+            "activations choose hidden dimensions, heads and neurons, and are measured on rows. Give such a size and "
+            "data, or choose by norms."
+        )
     if request.vocabulary is not None and texts is None:
         raise ConfigurationError("tokens of a smaller vocabulary are counted on texts. Give vocabulary texts too.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

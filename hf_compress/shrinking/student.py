@@ -104,6 +104,10 @@ def cut(
     data: Iterable[Mapping[str, Any]] | None = None,
 ) -> Shrunk:
     """As `shrink`, with what each size gave up."""
+    if data is not None and not width:
+        raise ConfigurationError(
+            "data chooses hidden dimensions, heads and neurons, and none are to go. Leave it out, or give their number."
+        )
     depths = _depths(teacher, layers, decoder_layers, keep)
     config, state = copy.deepcopy(teacher.config), teacher.state_dict()
     tally = _Tally(teacher)
@@ -268,7 +272,8 @@ class _Tally:
 
     def layers(self, stack: d.Stack, chosen: Sequence[int]) -> None:
         def squares(names: Iterable[str]) -> float:
-            return sum(float(self.weights[name].double().square().sum()) for name in names)
+            norms = (torch.linalg.vector_norm(self.weights[name], dtype=torch.float64) for name in names)
+            return sum(float(norm) ** 2 for norm in norms)
 
         count = self._count()
         own = [name for name in self.weights if name.startswith(f"{stack.path}.")]
