@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,45 @@ def test_what_a_config_cannot_express_is_refused_with_what_it_can(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         shrink(made(family, task), **asked)
+
+
+TEXT = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIDES = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 64))}
+SIDES |= {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [
+        (lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**TEXT)), "q, k and v of each head together"),
+        (lambda: hf.MPNetModel(hf.MPNetConfig(**TEXT)), "one choice of heads for all layers"),
+        (
+            lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**TEXT, pad_token_id=0)),
+            r"qkv_proj.weight, which holds heads and key",
+        ),
+        (
+            lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=4)),
+            "outputs change",
+        ),
+        (
+            lambda: hf.MarianMTModel(
+                hf.MarianConfig(vocab_size=60, d_model=32, **SIDES, pad_token_id=0, decoder_start_token_id=0)
+            ),
+            "embed_positions.weight: MarianMTModel does not save it",
+        ),
+    ],
+)
+def test_other_layouts_are_found_or_refused(build: Callable[[], Any], found: str) -> None:
+    """Bloom's heads have slopes by their number; the others need a layout that no family above has."""
+    teacher = build().eval()
+    if " together" not in found and " for all" not in found:
+        with pytest.raises(ConfigurationError, match=found):
+            shrink(teacher, hidden=16, heads=2)
+        return
+    axes = mapping.find(teacher, {"heads"})
+
+    assert any(axis.interleaved for axis in axes.axes) == found.endswith("together")
+    assert (len(axes.groups("heads")) == 1) == found.endswith("layers")
 
 
 def test_each_size_says_what_it_gave_up() -> None:

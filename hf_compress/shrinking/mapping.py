@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from types import MappingProxyType
@@ -138,6 +138,8 @@ class _Finder:
         if "vocabulary" in wanted:
             found += self._plain(before, "vocabulary", set())
         found = [axis for axis in a.grouped(found) if axis.dimension in wanted]
+        _check_alone(found)
+        self._check_saved(found)
         for together in (("hidden",), ("heads", "key_value_heads"), ("intermediate",)):
             found = self._proven(found, together)
         return Map(
@@ -188,6 +190,15 @@ class _Finder:
             else:
                 found.append(_axis(weight, axis, "hidden", count / _HEAD, 1, self._groups(weight, axis)))
         return found
+
+    def _check_saved(self, found: Sequence[Axis]) -> None:
+        """Refuses weights that a checkpoint lacks, as they are computed anew from the sizes: Marian's positions."""
+        left_out = getattr(self.teacher, "_keys_to_ignore_on_save", None) or ()
+        if lost := sorted({axis.weight for axis in found} & set(left_out)):
+            raise ConfigurationError(
+                f"shrink cannot map {lost[0]}: {type(self.teacher).__name__} does not save it, and would make another "
+                f"of that size when it is loaded. {REMEDY}"
+            )
 
     def _groups(self, weight: str, axis: int) -> int:
         """Of the convolution whose inputs lie along that axis, else 1."""
@@ -310,14 +321,26 @@ def _attention(probe: Probe, counts: Mapping[tuple[str, int], float]) -> dict[tu
 def _candidates(own: Sequence[Axis]) -> Iterator[list[Axis]]:
     """The layouts and groupings that an architecture may have, the usual first."""
     fused = any(axis.copies > 1 for axis in own)
-    alone = [False, True] if any(axis.group for axis in own) else [False]
-    for shared, interleaved in product(alone, [False, True] if fused else [False]):
-        found = [replace(axis, interleaved=interleaved and axis.copies > 1) for axis in own]
-        yield [replace(axis, group=_stack(axis)) for axis in found] if shared else found
+    groupings: list[Callable[[Axis], str]] = [lambda axis: axis.group]
+    if any(axis.group for axis in own):
+        groupings += [_stack, lambda _: "all"]
+    for group, interleaved in product(groupings, [False, True] if fused else [False]):
+        yield [replace(axis, interleaved=interleaved and axis.copies > 1, group=group(axis)) for axis in own]
+
+
+def _check_alone(found: Sequence[Axis]) -> None:
+    """Refuses an axis of two dimensions: queries beside fewer keys and values in one matrix."""
+    seen: dict[tuple[str, int], Dimension] = {}
+    for axis in found:
+        other = seen.setdefault((axis.weight, axis.axis), axis.dimension)
+        if other != axis.dimension:
+            raise ConfigurationError(
+                f"shrink cannot map {axis.weight}, which holds {other} and {axis.dimension} along one axis. {REMEDY}"
+            )
 
 
 def _stack(axis: Axis) -> str:
-    """A group for all layers: T5 computes the position bias of all in the first."""
+    """A group for the layers of a stack: T5 computes the position bias of all in the first. MPNet has it outside."""
     block, part = a.place(axis.weight)
     return f"{block.rpartition('.')[0]}.*.{part}"
 

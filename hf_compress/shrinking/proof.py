@@ -30,7 +30,7 @@ class Probe:
 
     def __init__(self, cls: type, config: Any) -> None:
         config = copy.deepcopy(config)
-        config._attn_implementation = "eager"
+        config._attn_implementation = config._experts_implementation = "eager"
         draw = torch.Generator().manual_seed(0)
         with torch.random.fork_rng():
             self.model: Any = cls(config).double().eval()

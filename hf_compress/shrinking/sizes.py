@@ -19,10 +19,18 @@ from hf_compress.errors import ConfigurationError
 Dimension = Literal["hidden", "heads", "key_value_heads", "intermediate", "vocabulary"]
 REMEDY = "Build the student from a config of your own and pass it to the Trainer."
 _NAMES: Mapping[Dimension, tuple[str, ...]] = {
-    "hidden": ("hidden_size", "pooler_hidden_size"),
+    "hidden": ("hidden_size", "pooler_hidden_size", "word_embed_proj_dim"),
     "heads": ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"),
     "key_value_heads": ("num_key_value_heads",),
-    "intermediate": ("intermediate_size", "n_inner", "hidden_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"),
+    "intermediate": (
+        "intermediate_size",
+        "n_inner",
+        "hidden_dim",
+        "ffn_dim",
+        "d_ff",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+    ),
     "vocabulary": ("vocab_size",),
 }
 RATIO = "mlp_ratio"
