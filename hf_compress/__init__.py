@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .onnx import export_onnx, load_onnx, quantize_onnx
     from .publishing import ExportCallback, PublishCallback
     from .run import DistillConfig
-    from .shrinking import shrink
+    from .shrinking import shrink, shrink_vocabulary
 
 _HOME = {
     "DistillCallback": "callback",
@@ -24,6 +24,7 @@ _HOME = {
     "load_onnx": "onnx",
     "quantize_onnx": "onnx",
     "shrink": "shrinking",
+    "shrink_vocabulary": "shrinking",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "load_onnx",
     "quantize_onnx",
     "shrink",
+    "shrink_vocabulary",
 ]
 
 

@@ -123,6 +123,70 @@ def plan(
 
 
 @app.command()
+def shrink(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder of the teacher.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; not there, or empty.")],
+    layers: Annotated[
+        str | None, typer.Option(help="How many to keep, or which: 0,2,5. Of an encoder, if two.")
+    ] = None,
+    decoder_layers: Annotated[str | None, typer.Option(help="The same of the decoder of an encoder-decoder.")] = None,
+    keep: Annotated[str, typer.Option(help="Which layers, where a number is given: even, first or last.")] = "even",
+    hidden: Annotated[int | None, typer.Option(help="Hidden dimensions to keep.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads to keep in each layer.")] = None,
+    key_value_heads: Annotated[int | None, typer.Option(help="Where several heads share keys and values.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Neurons to keep in each MLP.")] = None,
+    by: Annotated[str | None, typer.Option(help="activations on --data, the default with it, or norms.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="Most tokens to keep; without it all of the texts.")] = None,
+    vocabulary_texts: Annotated[Path | None, typer.Option(help="Rows on which tokens are counted.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="Least occurrences of a token that is kept.")] = 1,
+    data: Annotated[Path | None, typer.Option(help="Rows for activations, and to compare outputs on.")] = None,
+    text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens kept of a row of --data.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Write a smaller student with the teacher's weights, and show what it gave up before any training."""
+    from hf_compress_evaluation.examples import read_texts
+
+    from .shrinking import report
+    from .shrinking.folder import Request, shrink_folder
+    from .shrinking.width import Width
+
+    _quiet()
+    width = Width(hidden=hidden, heads=heads, key_value_heads=key_value_heads, intermediate=intermediate)
+    request = Request(
+        layers=_layers("--layers", layers),
+        decoder_layers=_layers("--decoder-layers", decoder_layers),
+        keep=keep,  # type: ignore[arg-type]  # checked there
+        width=width,
+        by=by,  # type: ignore[arg-type]  # checked there
+        vocabulary=vocabulary,
+        min_count=min_count,
+        max_length=max_length,
+        batch_size=batch_size,
+    )
+    counted, rows = (None if path is None else read_texts(path, text) for path in (vocabulary_texts, data))
+    bar = not as_json and sys.stderr.isatty()
+    changes, outputs = shrink_folder(teacher, output, request, texts=counted, rows=rows, bar=bar)
+    if as_json:
+        print(json.dumps(report.as_json(changes, outputs), indent=1))
+    else:
+        _print_table(report.COLUMNS, report.rows(changes), report.below(outputs))
+    _tell(f"wrote {output}")
+
+
+def _layers(option: str, given: str | None) -> int | list[int] | None:
+    """A number of layers, or the layers themselves."""
+    try:
+        numbers = None if given is None else [int(each) for each in given.split(",")]
+    except ValueError as error:
+        from .errors import ConfigurationError
+
+        raise ConfigurationError(f"{option} {given}: expected a number, or layers as in 0,2,5.") from error
+    return numbers[0] if numbers is not None and len(numbers) == 1 else numbers
+
+
+@app.command()
 def export(
     folder: Folder,
     quantize: Annotated[list[str] | None, typer.Option(help="Write fewer bits too: fp16, int8, int4.")] = None,
@@ -533,7 +597,7 @@ def cache(
     """
     import torch
     from accelerate import PartialState
-    from hf_compress_evaluation.examples import read_rows
+    from hf_compress_evaluation.examples import read_texts
     from transformers import DataCollatorWithPadding
 
     from . import foreign
@@ -544,12 +608,8 @@ def cache(
     _quiet()
     state = PartialState(cpu=not torch.accelerator.is_available())  # else it overlooks other processes without a GPU
     model, tokenizer = load_teacher(teacher).to(state.device), foreign.tokenizer(teacher)
-    rows = read_rows(data)
-    if text not in rows.column_names:
-        from .errors import UnknownNameError
-
-        raise UnknownNameError("column of texts", text, rows.column_names)
-    encoded = encode(tokenizer, rows[text], None, max_length).remove_columns("labels")
+    rows = read_texts(data, text)
+    encoded = encode(tokenizer, rows, None, max_length).remove_columns("labels")
     foreign.check_ids(encoded["input_ids"], model, tokenizer)
     own = encoded.shard(state.num_processes, state.process_index)
     collate, starts = DataCollatorWithPadding(tokenizer), range(0, len(own), batch_size)

@@ -60,12 +60,21 @@ class Fitting(_Part):
 
 
 class Student(_Part):
-    """What is kept of the teacher."""
+    """What is kept of the teacher; sizes that are left out are the teacher's."""
 
-    layers: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (
-        Field(description="how many, or which ones")
-    )
+    layers: (
+        Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None
+    ) = Field(default=None, description="how many, or which ones")
     keep: Literal["even", "first", "last"] = "even"
+    hidden: Count | None = Field(default=None, description="hidden dimensions; in most encoders heads are given too")
+    heads: Count | None = Field(default=None, description="attention heads of a layer")
+    intermediate: Count | None = Field(default=None, description="neurons of an MLP")
+
+    @model_validator(mode="after")
+    def _smaller(self) -> Student:
+        if (self.layers, self.hidden, self.heads, self.intermediate) == (None,) * 4:
+            raise ValueError("Give layers, hidden, heads or intermediate: a student is smaller than its teacher")
+        return self
 
 
 class Baseline(_Part):

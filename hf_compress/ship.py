@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from hf_compress_cards import card
 from hf_compress_evaluation import folder as evaluation
@@ -32,7 +33,7 @@ from .errors import ConfigurationError, GateError, MismatchError
 from .facts import Measurement, Record
 from .onnx import Gate, export_onnx, quantize_onnx
 from .recipe import Fitting, Recipe, objectives
-from .shrinking import shrink
+from .shrinking import Width, check_sizes, cut
 
 logger = logging.getLogger(__name__)
 
@@ -219,8 +220,12 @@ class Work:
 
     def _check_teacher(self) -> None:
         layers, depth = self.recipe.student.layers, self._teacher_config.get_text_config().num_hidden_layers
-        if (layers if isinstance(layers, int) else max(layers) + 1) > depth:
+        if layers is not None and (layers if isinstance(layers, int) else max(layers) + 1) > depth:
             raise ConfigurationError(f"recipe: student.layers is {layers}, and the teacher has {depth} layers.")
+        if asked := _width(self.recipe):
+            with torch.device("meta"):
+                shapes = AutoModelForSequenceClassification.from_config(self._teacher_config)
+            check_sizes(shapes, asked)
         if len(self.labels) < 2:
             raise ConfigurationError(
                 f"recipe: {len(self.labels)} class ({', '.join(self.labels)}) is too few to learn."
@@ -331,7 +336,8 @@ class Work:
     def _start(self) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
         """Teacher, student at its start, tokenizer."""
         teacher, tokenizer = self.load_teacher()
-        student = shrink(teacher, layers=_layers(self.recipe.student.layers), keep=self.recipe.student.keep)
+        asked = self.recipe.student
+        student = cut(teacher, layers=_layers(asked.layers), width=_width(self.recipe), keep=asked.keep).student
         return teacher, student, tokenizer
 
     def _alone(self) -> None:
@@ -505,8 +511,12 @@ def export(folder: Path, *, tell: Tell = logger.info) -> None:
     export_onnx(folder, progress=lambda line: tell(f"  {folder.name}: {line}"))
 
 
-def _layers(layers: int | tuple[int, ...]) -> int | list[int]:
-    return layers if isinstance(layers, int) else list(layers)
+def _width(recipe: Recipe) -> Width:
+    return Width(hidden=recipe.student.hidden, heads=recipe.student.heads, intermediate=recipe.student.intermediate)
+
+
+def _layers(layers: int | tuple[int, ...] | None) -> int | list[int] | None:
+    return list(layers) if isinstance(layers, tuple) else layers
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,8 @@ from typer.main import get_command
 from hf_compress import cli, facts, fitting, registry
 
 COMMANDS = (
-    "methods", "plan", "export", "evaluate", "verify", "card", "report", "doctor", "push", "pull", "compress", "sweep",
+    "methods", "plan", "shrink", "export", "evaluate", "verify", "card", "report", "doctor", "push", "pull", "compress",
+    "sweep",
     "distill", "cache", "demo",
 )  # fmt: skip
 

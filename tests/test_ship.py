@@ -557,6 +557,8 @@ def test_a_teacher_that_cannot_teach_is_found_before_training(
         ({"data": {"train": "rows.xlsx"}}, ForeignFileError, r"rows\.xlsx: does not exist"),
         ({"student": {"layers": 4}}, ConfigurationError, r"student\.layers is 4, and the teacher has 3 layers"),
         ({"student": {"layers": [0, 3]}}, ConfigurationError, r"the teacher has 3 layers"),
+        ({"student": {"layers": 2, "hidden": 16}}, ConfigurationError, r"Give heads=1 too"),
+        ({"student": {"layers": 2, "intermediate": 99}}, ConfigurationError, r"intermediate must lie in 1 … 64"),
         ({"methods": ["kdd"]}, UnknownNameError, "Did you mean 'kd'"),
         ({"methods": [{"name": "kd", "temprature": 1}]}, ConfigurationError, "has no setting"),
         ({"alone": {}, "data": {"choice": None}}, ConfigurationError, r"`alone` .*data\.choice"),

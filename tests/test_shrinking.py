@@ -16,13 +16,19 @@ import transformers as hf
 from torch import nn
 
 from hf_compress.errors import ConfigurationError
-from hf_compress.shrinking import _stack, shrink, spread
+from hf_compress.shrinking import shrink, spread
+from hf_compress.shrinking.depth import stack as _stack
 
 DEPTH, CHOSEN = 4, [1, 3]
 WORDS = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32}
 TEXT = WORDS | {"num_hidden_layers": DEPTH, "max_position_embeddings": 32}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 PATCHES = {"hidden_size": 16, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+SIDES = {"vocab_size": 50, "d_model": 16, "encoder_layers": DEPTH, "decoder_layers": 3, **SPECIAL} | {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in (("attention_heads", 4), ("ffn_dim", 32))
+}
 LABELS = {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
 
 
@@ -246,12 +252,6 @@ def clip(depth: int) -> hf.CLIPModel:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (
-            lambda: hf.T5ForConditionalGeneration(
-                hf.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=DEPTH, num_heads=4)
-            ),
-            "T5ForConditionalGeneration has an encoder and a decoder",
-        ),
         (lambda: clip(DEPTH), r"in CLIPModel and found \['text_model.encoder.layers', 'vision_model.encoder.layers'\]"),
         (
             lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**TEXT, embedding_size=8)),
@@ -274,13 +274,90 @@ def clip(depth: int) -> hf.CLIPModel:
             "cannot express 2 layers in a BeitConfig: out_features must be a subset",
         ),
     ],
-    ids=["encoder and decoder", "two stacks", "no stack", "missing weight", "depends on place", "not loadable"],
+    ids=["two stacks", "no stack", "missing weight", "depends on place", "not loadable"],
 )
 def test_what_cannot_be_mapped_is_named_with_the_remedy(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as error:
         shrink(build(), layers=CHOSEN)
 
     assert "Build the student from a config" in str(error.value)
+
+
+TWO: dict[str, Callable[[], Any]] = {
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=DEPTH, num_decoder_layers=3, num_heads=4)
+    ),
+    "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SIDES)),
+    "whisper": lambda: hf.WhisperForConditionalGeneration(
+        hf.WhisperConfig(**SIDES, num_mel_bins=4, max_source_positions=6, max_target_positions=16)
+    ),
+}
+TOKENS = torch.tensor([[6, 7, 8, 9, 2]])
+
+
+def both(name: str) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TWO[name]().eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def answer(model: Any) -> torch.Tensor:
+    heard = torch.randn(1, 4, 12, generator=torch.Generator().manual_seed(0))
+    given = {"input_features": heard} if model.main_input_name == "input_features" else {"input_ids": TOKENS}
+    with torch.no_grad():
+        return model(**given, decoder_input_ids=TOKENS, use_cache=False).logits
+
+
+def without(half: nn.Module, chosen: list[int]) -> None:
+    """The reference: takes blocks out of an encoder or a decoder; T5's first one computes the bias of all."""
+    name = "block" if hasattr(half, "block") else "layers"
+    blocks = getattr(half, name)
+    setattr(half, name, nn.ModuleList([blocks[layer] for layer in chosen]))
+    if name == "block":
+        first, taken = blocks[0].layer[0].SelfAttention, blocks[chosen[0]].layer[0].SelfAttention
+        taken.relative_attention_bias, taken.has_relative_attention_bias = first.relative_attention_bias, True
+
+
+@pytest.mark.parametrize(
+    ("layers", "decoder_layers", "said"),
+    [
+        ([1, 3], None, "encoder layers 1, 3 of 4 of the teacher"),
+        (None, [1, 2], "decoder layers 1, 2 of 3 of the teacher"),
+        ([0, 2, 3], 1, "encoder layers 0, 2, 3 of 4, decoder layers 2 of 3 of the teacher"),
+    ],
+)
+@pytest.mark.parametrize("name", TWO)
+def test_encoder_and_decoder_are_cut_apart(
+    name: str, layers: Any, decoder_layers: Any, said: str, tmp_path: Path
+) -> None:
+    teacher = both(name)
+    expected = copy.deepcopy(teacher)
+    if layers is not None:
+        without(expected.get_encoder(), layers)
+    if decoder_layers is not None:
+        without(expected.get_decoder(), [2] if decoder_layers == 1 else decoder_layers)
+
+    student = shrink(teacher, layers=layers, decoder_layers=decoder_layers)
+    student.save_pretrained(tmp_path)
+    loaded = type(student).from_pretrained(tmp_path).eval()
+
+    assert student.config.compression_start == said
+    torch.testing.assert_close(answer(student), answer(expected))
+    torch.testing.assert_close(answer(loaded), answer(expected))
+    assert not torch.allclose(answer(student), answer(teacher))
+
+
+def test_a_decoder_where_there_is_none_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="BertForSequenceClassification is none"):
+        shrink(made("bert"), decoder_layers=2)
+
+
+def test_decoder_layers_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"decoder_layers must lie in 1 … 3, the teacher's number, got 4"):
+        shrink(both("t5"), decoder_layers=4)
 
 
 def test_a_checkpointing_teacher_in_training_mode_can_be_cut() -> None:

@@ -78,6 +78,11 @@ def read_rows(path: Path, *, split: str | None = None) -> datasets.Dataset:
     return rows
 
 
+def read_texts(path: Path, wanted: str) -> tuple[str, ...]:
+    """The texts of a column of one file; errors as `read_rows` and `texts`."""
+    return texts(read_rows(path), wanted, name=path.name)
+
+
 def _check_bounds(path: Path, builder: str) -> None:
     """Refuses a text file of absurdly many columns, or one that unpacks to far more than text does."""
     if builder == "parquet":
