@@ -15,7 +15,7 @@ from types import ModuleType
 import cases
 import families
 import features
-from hf_compress_evaluation import bench, claims, deployment
+from hf_compress_evaluation import bench, claims, deployment, narrowing
 from hf_compress_evaluation import gallery as students
 from hf_compress_evaluation.demo.summary import markdown
 
@@ -68,9 +68,15 @@ def lost(root: Path) -> str:
 
 
 def results(root: Path) -> str:
-    """The page of the results: benches, deployment and claims."""
+    """The page of the results: benches, deployment, narrowing and claims."""
     page, text = root / "evaluation" / "README.md", None
-    for mark, made in (("bench", benched(root)), ("deployment", deployed(root)), ("claims", claimed(root))):
+    parts = {
+        "bench": benched(root),
+        "deployment": deployed(root),
+        "narrowing": narrowed(root),
+        "claims": claimed(root),
+    }
+    for mark, made in parts.items():
         text = between(page, mark, made, text)
     assert text is not None  # there are marks
     return text
@@ -94,6 +100,12 @@ def deployed(root: Path) -> str:
     """The table of the models that were exported and measured."""
     found = root / "evaluation" / "results" / "deployment.json"
     return deployment.markdown(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else ""
+
+
+def narrowed(root: Path) -> str:
+    """The table of what width costs."""
+    found = root / "evaluation" / "results" / "narrowing.json"
+    return narrowing.markdown(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else ""
 
 
 def benched(root: Path) -> str:
