@@ -651,3 +651,29 @@ def test_each_method_is_named_with_its_settings_and_its_citation(tmp_path: Path,
     declared = catalogue().methods[name].declared
     assert f"```bibtex\n{declared['bibtex']}\n```" in card
     assert f"with {text.escape(name)}." in " ".join(card.split())
+
+
+def test_two_data_sets_are_told_apart(tmp_path: Path) -> None:
+    def score(name: str, value: float, subject: str = "student", metric: str = "spearmanr") -> Measurement:
+        data = Data(name=name, rows=9, labelled=9, fingerprint=name * 8)
+        unit = "ratio" if metric == "retention" else "correlation"
+        return Measurement(
+            subject=subject, metric=metric, value=value, unit=unit, data=data, how={"metric": "spearmanr"}
+        )
+
+    record = Record(
+        measurements=(
+            *(score("ab", 0.25), score("ab", 0.5, "teacher"), score("ab", 0.5, metric="retention")),
+            *(score("cd", 0.75), score("cd", 0.8, "teacher"), score("cd", 0.9375, metric="retention")),
+            Measurement(subject="student", metric="bytes", value=1000, unit="bytes"),
+        )
+    )
+    text = render(made(tmp_path / "student", record))
+    for line in (
+        "| teacher | torch | ab | 0.500 | not measured |",
+        "| student | torch | ab | 0.250 | 1 kB |",
+        "| student | torch | cd | 0.750 | 1 kB |",
+        "- 50.0 % of the teacher's quality is kept on ab.",
+        "- 93.8 % of the teacher's quality is kept on cd.",
+    ):
+        assert line in text, line

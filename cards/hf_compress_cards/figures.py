@@ -141,6 +141,7 @@ _WRITERS = {
     "bytes": size,
     "seconds": seconds,
     "correlation": decimal,
+    "cosine": decimal,
     "rows/s": lambda value: rate(value, "rows/s"),
     "tokens/s": lambda value: rate(value, "tokens/s"),
     "Wh": lambda value: f"{value:.3g} Wh",
@@ -167,7 +168,7 @@ def quality_cells(record: Record, timed: Comparable | None = None) -> Cells | No
         record: of a model folder.
         timed: adds the median latencies that were taken so.
     """
-    names = list(dict.fromkeys(x.data.name for x in record.measurements if x.metric in QUALITY and x.data is not None))
+    names = data_names(record)
     several = len(names) > 1
     cells = {
         (*pair, name): {key: _newest(record, key, *pair, name) for key in QUALITY} | _sizes(record, pair)
@@ -295,13 +296,25 @@ def derived(record: Record) -> list[str]:
     """
     variants = [variant for subject, variant in pairs(record) if subject == "student"]
     variants = [variant for variant in variants if variant != "onnx" or "torch" not in variants]
-    found = [(key, variant, record.find(key, "student", variant)) for key in DERIVED for variant in variants]
-    return [
-        f"{DERIVED[key].format(value=show(value), metric=_metric(value))}"
-        f"{'' if variant == 'torch' else f' with {variant}'}{_test(value)}."
-        for key, variant, value in found
-        if value is not None
+    names = data_names(record)
+    several = len(names) > 1
+    found = [
+        (variant, value, f" on {name}" if several else "")
+        for name in (names if several else [None])
+        for key in DERIVED
+        for variant in variants
+        if (value := _newest(record, key, "student", variant, name)) is not None
     ]
+    return [
+        f"{DERIVED[value.metric].format(value=show(value), metric=_metric(value))}"
+        f"{'' if variant == 'torch' else f' with {variant}'}{where}{_test(value)}."
+        for variant, value, where in found
+    ]
+
+
+def data_names(record: Record) -> list[str]:
+    """Of the data sets on which quality was measured."""
+    return list(dict.fromkeys(x.data.name for x in record.measurements if x.metric in QUALITY and x.data is not None))
 
 
 def main_score(record: Record) -> str:

@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_compress import DistillCallback, export_onnx, facts, files, quantize_onnx, shrink
+from hf_compress import DistillCallback, export_onnx, facts, files, licences, quantize_onnx, shrink
 from hf_compress.fitting import train_into, unfinished
 from hf_compress.objective import IGNORED
 from hf_compress.onnx import Gate
@@ -52,8 +52,10 @@ COMMANDS = {
     "embeddings": "python -m hf_compress_evaluation.gallery embeddings",
 }
 LAYERS, LENGTH = 3, 128
+LICENCE = "apache-2.0"
+"""The encoder's; the data are MIT."""
 RATES = (5e-5, 1e-4, 2e-4)
-"""Of the student that learns from labels alone; the best on the choice part stands for it."""
+"""Of every model that is trained on labels; the best on the choice part stands for it."""
 TIMING = Timing(batches=(1, 32), length=32, runs=50)
 Tell = Callable[[str], None]
 
@@ -100,39 +102,42 @@ def _entities(output: Path, tell: Tell, progress: bool) -> Path:
         licence="MIT",
     )
 
-    def fit(model: Any, target: Path, rate: float, epochs: float, callbacks: Sequence[Any] = ()) -> None:
-        _fit(model, tokenizer, train, collate, target, rate, epochs, 16, callbacks, progress)
-
-    teacher = output / "teacher"
-    if not teacher.exists():
-        tell("teacher: fine-tuned on the sentences that the student sees too")
-        set_seed(0)
-        fit(
-            AutoModelForTokenClassification.from_pretrained(packaged(), id2label=ids, label2id=label2id),
-            teacher,
-            1e-4,
-            8.0,
-        )
-
-    def start() -> tuple[Any, Any]:
-        big = AutoModelForTokenClassification.from_pretrained(teacher)
-        return big, shrink(big, layers=LAYERS)
-
     choice = task.model_copy(update={"data": str(output / "data" / "choice.jsonl")})
-    for rate in RATES:
-        if not (target := output / "alone-rates" / f"{rate:g}").exists():
-            tell(f"alone: the same start and labels without the teacher, at {rate:g}")
-            fit(start()[1], target, rate, 8.0)
-    if not (alone := output / "alone").exists():
-        scores = {rate: _score(output / "alone-rates" / f"{rate:g}", choice) for rate in RATES}
-        best = max(scores, key=lambda rate: scores[rate])
-        tell(f"alone: {best:g} is the best of {scores} on the choice part")
-        with files.atomic_folder(alone) as part:
-            shutil.copytree(output / "alone-rates" / f"{best:g}", part, dirs_exist_ok=True)
-    if not (student := output / "student").exists():
-        tell("student: distilled")
-        big, small = start()
-        fit(small, student, 1e-4, 8.0, [DistillCallback(big, data="entities in contracts")])
+
+    def best(name: str, model: Callable[[], Any], callbacks: Callable[[], list[Any]] = list) -> Path:
+        """The model of that name at the learning rate that is best on the choice part; all rates for each name."""
+        if (chosen := output / name).exists():
+            return chosen
+        scores = {}
+        for rate in RATES:
+            if not (target := output / f"{name}-rates" / f"{rate:g}").exists():
+                tell(f"{name}: learning rate {rate:g}")
+                _fit(model(), tokenizer, train, collate, target, rate, 8.0, 16, callbacks(), progress)
+            scores[rate] = _score(target, choice)
+        rate = max(scores, key=lambda each: scores[each])
+        tell(f"{name}: {rate:g} is the best of {scores}")
+        with files.atomic_folder(chosen) as part:
+            shutil.copytree(output / f"{name}-rates" / f"{rate:g}", part, dirs_exist_ok=True)
+        return chosen
+
+    def whole() -> Any:
+        set_seed(0)  # the head is new
+        return AutoModelForTokenClassification.from_pretrained(packaged(), id2label=ids, label2id=label2id)
+
+    teacher = best("teacher", whole)
+
+    def tuned() -> Any:
+        return AutoModelForTokenClassification.from_pretrained(teacher)
+
+    def start() -> Any:
+        return shrink(tuned(), layers=LAYERS)
+
+    alone = best("alone", start)
+    student = best(
+        "student",
+        start,
+        lambda: [DistillCallback(tuned(), data="entities in contracts", data_licence="MIT")],
+    )
     gate = Gate(features=[" ".join(row["tokens"]) for row in rows["choice"]])
     return _finish(student, task, gate, tell, progress, teacher=teacher, alone=alone)
 
@@ -194,7 +199,7 @@ def _embeddings(output: Path, tell: Tell, progress: bool) -> Path:
             batched=True,
             remove_columns=["text"],
         )
-        callbacks = [DistillCallback(big, data="sentences and words")]
+        callbacks = [DistillCallback(big, data="sentences and words", data_licence="MIT")]
         collate = DataCollatorWithPadding(tokenizer)
         _fit(small, tokenizer, train, collate, student, 2e-4, 2.0, 32, callbacks, progress)
     tasks = [
@@ -275,6 +280,7 @@ def _finish(
         for each in further:
             evaluate_folder(student, task=each, timing=Timing(batches=()), progress=progress, **beside)
         evaluate_folder(student, task=task, timing=TIMING, progress=progress, **beside)
+    licences.state(student, LICENCE)
     card.write(student)
     return student
 
