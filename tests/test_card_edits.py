@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hf_compress_cards import card, editing, leaderboards
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.modelcard import TrainingSummary
 
 from hf_compress import facts, licences, outgoing
 from hf_compress.errors import ConfigurationError
@@ -80,12 +82,48 @@ def test_a_card_without_generated_parts_is_kept_whole_and_that_of_the_trainer_is
     merged = editing.merge("# A card of mine\n\nwith words\n", new)
     assert ModelCard(merged).data.license == "mit"
     assert merged.index("with words") < merged.index("\n1\n")
-    trainers = (
-        "# student\n\n<!-- This model card has been generated automatically according to the information the "
-        + ("Trainer had access to. -->\n")
-    )
+    trainers = TrainingSummary(model_name="student", source="trainer", hyperparameters={"seed": 0}).to_model_card()
+    assert editing.is_generated(trainers)
     assert editing.merge(trainers, new) == new
     assert editing.merge(None, new) == new
+
+
+def test_a_card_of_the_trainer_that_somebody_has_filled_in_is_kept() -> None:
+    trainers = TrainingSummary(model_name="student", source="trainer", hyperparameters={"seed": 0}).to_model_card()
+    filled = trainers.replace("More information needed", "Reads complaints of our customers.", 1)
+    assert not editing.is_generated(filled)
+    assert "Reads complaints" in editing.merge(filled, FRONT + block("one", "1"))
+    assert not editing.is_generated("# Mine\n\nThis text was generated from Trainer logs by hand.\n")
+
+
+def test_a_part_whose_marks_were_deleted_takes_no_text_along() -> None:
+    """Its new text comes again where it belongs; whatever else there is stays, however often it is rendered."""
+    new = FRONT + block("one", "1") + block("two", "2")
+    for begun in ("two", "one"):
+        card_of = FRONT + f"<!-- hf-compress: {begun} -->\nwhat was there\n\nMY NOTE\n" + block("one", "0") + "MORE\n"
+        for _ in range(3):
+            card_of = editing.merge(card_of, new)
+            assert "MY NOTE" in card_of
+            assert "MORE" in card_of
+            assert card_of.count("\n1\n") == card_of.count("\n2\n") == 1
+
+
+def test_many_marks_without_an_end_are_read_in_no_time() -> None:
+    """Each took the whole rest of the text: two minutes for half a megabyte."""
+    marks = "<!-- hf-compress: a -->\n" * 20_000
+    begun = time.process_time()
+    assert marks in editing.merge(FRONT + marks, FRONT + block("one", "1"))
+    assert time.process_time() - begun < 5
+
+
+def test_blanks_and_empty_lines_of_a_maker_stay() -> None:
+    code = "```python\ndef one(): ...\n\n\ndef two(): ...\n```\n"
+    indented = "    an indented line is code\n"
+    new = FRONT + block("one", "1") + block("two", "2")
+    for old in (FRONT + code + indented, FRONT + block("one", "0") + "\n\n" + indented + code):
+        merged = editing.merge(old, new)
+        assert code in merged
+        assert f"\n{indented}" in merged
 
 
 def test_metadata_of_a_maker_stays_and_ours_is_renewed() -> None:

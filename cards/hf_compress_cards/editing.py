@@ -20,9 +20,17 @@ from hf_compress.errors import ForeignFileError
 from .metadata import to_yaml
 from .text import Safe
 
-_BLOCK = re.compile(r"<!-- hf-compress: (?P<name>\w+) -->\n.*?<!-- hf-compress: end (?P=name) -->\n?", re.DOTALL)
-_OTHERS = ("generated from Trainer", "generated automatically according to the information the Trainer had access to")
-"""What the Trainer's own card says of itself: nobody has written that one."""
+_BLOCK = re.compile(  # no mark within: a part whose end was deleted would else take what follows it along
+    r"<!-- hf-compress: (?P<name>\w+) -->\n(?:(?!<!-- hf-compress: ).)*<!-- hf-compress: end (?P=name) -->\n?",
+    re.DOTALL,
+)
+_TRAINERS = "generated automatically according to the information the Trainer had access to"
+"""What the Trainer's own card says of itself."""
+_OPEN = "More information needed"
+"""What it says, at least so often, where nobody has written anything yet."""
+_OPEN_PARTS = 3
+_LINES = "\n"
+"""All that is added or taken away around a maker's text: a blank before it may make it code."""
 LISTS = ("tags", "datasets", "language", "metrics")
 """Metadata to which a maker may add."""
 STATED = ("license", "license_name", "license_link", "pipeline_tag")
@@ -41,7 +49,7 @@ def end(name: str) -> Safe:
 
 def is_generated(text: str) -> bool:
     """Whether a card holds parts of ours, or is all the Trainer's: what may be rendered again without being asked."""
-    return bool(_BLOCK.search(text)) or any(mark in text for mark in _OTHERS)
+    return bool(_BLOCK.search(text)) or (_TRAINERS in text and text.count(_OPEN) >= _OPEN_PARTS)
 
 
 def merge(existing: str | None, rendered: str) -> str:
@@ -58,14 +66,14 @@ def merge(existing: str | None, rendered: str) -> str:
     theirs, body = _split(existing)
     blocks = {match["name"]: match[0] for match in _BLOCK.finditer(new)}
     if not _BLOCK.search(body):
-        merged = f"{body.strip()}\n\n{new.strip()}\n"
+        merged = f"{body.strip(_LINES)}\n\n{new.strip()}\n"
     else:
         placed = {match["name"] for match in _BLOCK.finditer(body)}
         merged = _BLOCK.sub(lambda match: blocks.get(match["name"], ""), body)
         for name, before in _following(blocks):
             if name not in placed:
                 merged = _inserted(merged, blocks[name], before)
-    return f"---\n{_metadata(theirs, data)}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, merged).strip()}\n"
+    return f"---\n{_metadata(theirs, data)}\n---\n\n{merged.strip(_LINES)}\n"
 
 
 def _following(blocks: dict[str, str]) -> Iterator[tuple[str, str | None]]:
@@ -81,7 +89,7 @@ def _inserted(body: str, block: str, before: str | None) -> str:
     for match in _BLOCK.finditer(body):
         if match["name"] == before:
             place = match.end()
-    return f"{body[:place].rstrip()}\n\n{block}\n{body[place:].lstrip()}".lstrip()
+    return f"{body[:place].rstrip(_LINES)}\n\n{block}\n{body[place:].lstrip(_LINES)}".lstrip(_LINES)
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
