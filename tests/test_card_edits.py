@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers.modelcard import TrainingSummary
 
 from hf_compress import facts, licences, outgoing
-from hf_compress.errors import ConfigurationError
+from hf_compress.errors import ConfigurationError, ForeignFileError
 from hf_compress.facts import Data, Measurement, Model, Record, Training
 
 FRONT = "---\ntags:\n- ours\nlicense: mit\n---\n\n"
@@ -132,14 +132,43 @@ def test_metadata_of_a_maker_stays_and_ours_is_renewed() -> None:
     merged = ModelCard(editing.merge(theirs + block("one", "1"), ours + block("one", "2"))).data
     assert (merged.license, merged.library_name, merged.pipeline_tag) == ("cc-by-4.0", "transformers", "fill-mask")
     assert merged.tags == ["ours", "mine"]
-    assert merged.language == ["de"]
+    assert merged.language == "de"
     assert merged.metrics == ["f1"]
 
 
-def test_a_front_matter_that_is_a_bomb_or_broken_counts_as_none() -> None:
+def test_a_front_matter_that_cannot_be_read_is_said_and_not_thrown_away() -> None:
     bomb = "---\na: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n---\n"
-    for broken in (bomb, "---\n: [\n---\n"):
-        assert "tags:" in editing.merge(broken + block("one", "1"), FRONT + block("one", "2"))
+    for broken in (bomb, "---\nlicense: mit: x\n---\n", f"---\n{'a: b # ' * 60_000}\n---\n"):
+        with pytest.raises(ForeignFileError, match=r"README\.md"):
+            editing.merge(broken + block("one", "1"), FRONT + block("one", "2"))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "# see the guide of the hub\nlanguage: no\nversion: 1.10\nat: 12:30:45\n",
+        "language: [en, no] # two\n",
+        "widget:\n- text: |\n    tags: this is no key\n\n    one more\n",
+        "ignore_metadata_errors: true\n1: x\n",
+    ],
+)
+def test_metadata_that_are_not_ours_stay_to_the_letter(lines: str) -> None:
+    """YAML reads `no` as false, 1.10 as 1.1 and 12:30:45 as a number."""
+    merged = editing.merge(f"---\n{lines}tags: mine\n---\n# A card\n", FRONT + block("one", "1"))
+    assert f"\n{lines}" in merged
+    assert yaml.safe_load(merged.split("---")[1])["tags"] == ["ours", "mine"]
+    assert editing.merge(merged, FRONT + block("one", "1")) == merged
+
+
+def test_metadata_in_braces_nulls_and_a_byte_order_mark_are_read() -> None:
+    for theirs in ("---\n{license: gpl, mine: {a: 1}}\n---\n", "\ufeff---\nlicense: gpl\nmine: {a: 1}\nempty:\n---\n"):
+        merged = editing.merge(f"{theirs}# A card\n", FRONT + block("one", "1"))
+        assert yaml.safe_load(merged.split("---")[1]) == {"license": "gpl", "mine": {"a": 1}, "tags": ["ours"]}
+        assert merged.count("---\n") == 2
+
+
+def test_a_text_between_two_rules_at_the_top_is_no_metadata() -> None:
+    assert "---\nHello\n---\n" in editing.merge("---\nHello\n---\nthere\n", FRONT + block("one", "1"))
 
 
 def test_a_real_card_that_is_edited_is_rendered_again_around_the_edits(tmp_path: Path) -> None:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_compress import files
 from hf_compress.errors import ForeignFileError
 
-from .metadata import to_yaml
+from .metadata import EMPTY, dumped
 from .text import Safe
 
+FILE = "README.md"
+_KEY = re.compile(r"(?m)^[^\s#:\-\]}][^\n:]*:(?=\s|$)")
+"""Where an entry of the metadata begins."""
 _BLOCK = re.compile(  # no mark within: a part whose end was deleted would else take what follows it along
     r"<!-- hf-compress: (?P<name>\w+) -->\n(?:(?!<!-- hf-compress: ).)*<!-- hf-compress: end (?P=name) -->\n?",
     re.DOTALL,
@@ -59,11 +62,14 @@ def merge(existing: str | None, rendered: str) -> str:
         existing: the card in the folder; None: there is none. One without any generated part is kept whole, and the
             generated parts come after it.
         rendered: as the record gives it, all of it between comments.
+
+    Raises:
+        ForeignFileError: if the metadata of the existing one cannot be read.
     """
     if existing is None or (not _BLOCK.search(existing) and is_generated(existing)):
         return rendered
     data, new = _split(rendered)
-    theirs, body = _split(existing)
+    theirs, body = _split(existing.removeprefix("\ufeff"))
     blocks = {match["name"]: match[0] for match in _BLOCK.finditer(new)}
     if not _BLOCK.search(body):
         merged = f"{body.strip(_LINES)}\n\n{new.strip()}\n"
@@ -92,27 +98,55 @@ def _inserted(body: str, block: str, before: str | None) -> str:
     return f"{body[:place].rstrip(_LINES)}\n\n{block}\n{body[place:].lstrip(_LINES)}".lstrip(_LINES)
 
 
-def _split(text: str) -> tuple[dict[str, Any], str]:
-    """Metadata and body; a front matter that cannot be read counts as none, and is left behind."""
+def _split(text: str) -> tuple[str, str]:
+    """Lines of the front matter, and body; what stands between two rules at the top and has no keys is a text."""
     match = REGEX_YAML_BLOCK.search(text)
-    if match is None:
-        return {}, text
-    try:
-        return files.parse_yaml(Path("README.md"), match.group(2)), text[match.end() :]
-    except ForeignFileError:
-        return {}, text[match.end() :]
+    if match is None or not (_KEY.search(match[2]) or not match[2].strip()):
+        return "", text
+    return match[2], text[match.end() :]
 
 
-def _metadata(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+def _read(lines: str) -> dict[str, Any]:
+    """The metadata.
+
+    Raises:
+        ForeignFileError: if they cannot be read; who wrote them would lose them.
+    """
+    if not lines.strip() or not _KEY.search(lines):
+        return {}
+    return files.parse_yaml(Path(FILE), lines)
+
+
+def _metadata(lines: str, rendered: str) -> str:
+    """The maker's lines as they stand where they say what is to be said, ours for all else."""
+    theirs, ours = _read(lines), _read(rendered)
     merged = theirs | ours
     for name in STATED:
         if name in theirs:
             merged[name] = theirs[name]
     for name in LISTS:
         both = [*_listed(ours.get(name)), *_listed(theirs.get(name))]
-        if both:
+        if both and name in ours:
             merged[name] = list(dict.fromkeys(both))
-    return to_yaml(ModelCardData(ignore_metadata_errors=True, **merged))
+    kept = _around(lines, theirs, merged)
+    expected = {name: value for name, value in merged.items() if value not in EMPTY}
+    try:
+        same = _read(kept) == expected
+    except ForeignFileError:
+        same = False
+    return kept if same else dumped(merged)  # they stood in braces, or keys over several lines
+
+
+def _around(lines: str, theirs: dict[str, Any], merged: dict[str, Any]) -> str:
+    """The lines with the entries that differ, and those that are new, in place of them."""
+    starts = [*(found.start() for found in _KEY.finditer(lines)), len(lines)]
+    said, new = [lines[: starts[0]]], dict(merged)
+    for name, (begun, ended) in zip(theirs, pairwise(starts), strict=False):
+        value = new.pop(name)
+        same = value == theirs[name] and value not in EMPTY
+        said.append(lines[begun:ended] if same else dumped({name: value}) if value not in EMPTY else "")
+    said.append(dumped(new) if new else "")
+    return "\n".join(part.strip(_LINES) for part in said if part.strip())
 
 
 def _listed(value: Any) -> list[str]:
