@@ -11,9 +11,10 @@ from hf_compress_cards import card, editing, leaderboards
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_bert_classifier
 from transformers.modelcard import TrainingSummary
 
-from hf_compress import facts, licences, outgoing
+from hf_compress import facts, licences, outgoing, provenance
 from hf_compress.errors import ConfigurationError, ForeignFileError
 from hf_compress.facts import Data, Measurement, Model, Record, Training
 
@@ -198,13 +199,17 @@ def test_a_real_card_that_is_edited_is_rendered_again_around_the_edits(tmp_path:
         (None, "mit", None),
         ("mit", None, None),
         ("unknown", "mit", None),
+        ("other", "mit", None),
+        ("other", "other", None),
+        ("cc-by-nd-4.0", "mit", None),
+        ("mit", "cc-by-nc-nd-4.0", None),
     ],
 )
 def test_a_licence_follows_from_teacher_and_data(teacher: str | None, data: str | None, expected: str | None) -> None:
     found, why = licences.inherited(Record(training=trained(teacher=teacher, data=data)))
     assert found == expected
     assert found is None or found in why
-    assert found is not None or "known" in why or "together" in why
+    assert found is not None or "known" in why or "together" in why or "no derived works" in why
 
 
 def test_earlier_stages_bind_too() -> None:
@@ -224,6 +229,105 @@ def test_what_the_maker_says_comes_first(tmp_path: Path) -> None:
     assert licences.of(student)[0] == "apache-2.0"
     with pytest.raises(ConfigurationError, match="no identifier"):
         licences.state(student, "see LICENSE!")
+
+
+def test_a_licence_that_was_filled_in_is_no_word_of_the_maker(tmp_path: Path) -> None:
+    """It goes with what it followed from: trained again on other data, the card says another one, or none."""
+    student = folder_of(tmp_path / "student", Record(training=trained()))
+    card.write(student)
+    assert licences.of(student)[1] != licences.MAKER
+    assert "Licence: mit (mit of the teacher" in card.write(student).read_text()
+    for data, expected in (("cc-by-nc-4.0", "cc-by-nc-4.0"), (None, None)):
+        facts.save(student, Record(training=trained(data=data)))
+        assert ModelCard(card.write(student).read_text()).data.license == expected
+    readme = student / "README.md"
+    readme.write_text(readme.read_text().replace("---\n", "---\nlicense: gpl-3.0\n", 1))
+    assert licences.of(student) == ("gpl-3.0", licences.MAKER)
+    assert "Licence: gpl-3.0 (as its maker says)" in card.write(student).read_text()
+    assert licences.of(student) == ("gpl-3.0", licences.MAKER)
+
+
+def test_the_licence_in_a_card_of_the_trainer_is_that_of_its_start(tmp_path: Path) -> None:
+    student = folder_of(tmp_path / "student", Record(training=trained(data="cc-by-nc-4.0")))
+    text = TrainingSummary(model_name="student", source="trainer", license="mit", hyperparameters={}).to_model_card()
+    (student / "README.md").write_text(text)
+    assert licences.of(student)[0] == "cc-by-nc-4.0"
+    assert ModelCard(card.write(student).read_text()).data.license == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "license: mit",
+        "tags: [a]\nlicense:\n- mit\n- gpl-3.0\nlicense_name: mine\nmodel: b",
+        "license: [mit]",
+        "license: see LICENSE!",
+        "license: unknown",
+        "tags: [a]",
+    ],
+)
+def test_what_is_stated_last_is_on_the_card(tmp_path: Path, lines: str) -> None:
+    """Also on one that is all its maker's, which is not rendered again when it is pushed."""
+    student = folder_of(tmp_path / "student", Record(training=trained(data="gpl-3.0")))
+    readme = student / "README.md"
+    readme.write_text(f"---\n{lines}\n---\n\n# All mine\n")
+    licences.state(student, "apache-2.0")
+    assert licences.of_card(readme) == "apache-2.0"
+    assert licences.of(student) == ("apache-2.0", licences.MAKER)
+    kept = ModelCard(readme.read_text())
+    assert (kept.data.get("tags"), kept.data.get("model")) == (
+        ["a"] if "tags" in lines else None,
+        "b" if "model" in lines else None,
+    )
+    assert kept.data.get("license_name") is None
+    assert kept.text.strip() == "# All mine"
+    assert "apache-2.0 (as its maker says)" in card.write(student).read_text()
+
+
+def test_a_card_without_metadata_is_given_them_when_a_licence_is_stated(tmp_path: Path) -> None:
+    student = folder_of(tmp_path / "student", Record())
+    (student / "README.md").write_text("# All mine\n")
+    licences.state(student, "mit")
+    assert (student / "README.md").read_text() == "---\nlicense: mit\n---\n\n# All mine\n"
+
+
+def test_of_several_licences_in_a_card_none_is_taken(tmp_path: Path) -> None:
+    student = folder_of(tmp_path / "student", Record(training=trained()))
+    (student / "README.md").write_text("---\nlicense: [mit, gpl-3.0]\n---\n")
+    found, why = licences.of(student)
+    assert found is None
+    assert "gpl-3.0" in why
+    (student / "README.md").write_text("---\nlicense: [gpl-3.0]\n---\n")
+    assert licences.of(student)[0] == "gpl-3.0"
+
+
+def test_the_start_of_the_student_and_further_models_bind_too() -> None:
+    bound = Model(name="them/start", licence="cc-by-nc-4.0", architecture="Bert", parameters=4)
+    unknown = bound.model_copy(update={"licence": None})
+    for of, expected in ((bound, "cc-by-nc-4.0"), (unknown, None)):
+        assert licences.inherited(Record(training=trained().model_copy(update={"student": of})))[0] == expected
+        frozen = {"reference": of}
+        assert licences.inherited(Record(training=trained().model_copy(update={"frozen": frozen})))[0] == expected
+
+
+def test_the_record_tells_where_a_student_was_loaded_from_and_its_earlier_trainings(tmp_path: Path) -> None:
+    model = tiny_bert_classifier(num_labels=2)
+    assert provenance.describe_model(model, 2).licence is None
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    model.config._name_or_path = str(tmp_path)
+    found = provenance.describe_model(model, 2)
+    assert (found.name, found.licence) == (None, "cc-by-nc-4.0")
+    model.config._name_or_path = "them/start"
+    assert provenance.describe_model(model, 2).name == "them/start"
+    model.config.compression_start = "layers 0 of 2 of the teacher"  # whose licence counts anyway
+    assert provenance.describe_model(model, 2).name is None
+
+    first, second = trained(data="gpl-3.0"), trained()
+    nested = second.model_copy(update={"before": (first,)})
+    model.config.compression = nested.model_dump(mode="json", exclude_none=True)
+    assert provenance.earlier_stages(model) == (first, second)
+    model.config.compression = {"no": "record"}
+    assert provenance.earlier_stages(model) == ()
 
 
 def test_the_licence_of_a_teacher_is_read_from_its_card(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from hf_compress import files
+from hf_compress import files, licences
 from hf_compress.errors import ForeignFileError
 
 from .metadata import EMPTY, dumped
@@ -27,10 +27,8 @@ _BLOCK = re.compile(  # no mark within: a part whose end was deleted would else 
     r"<!-- hf-compress: (?P<name>\w+) -->\n(?:(?!<!-- hf-compress: ).)*<!-- hf-compress: end (?P=name) -->\n?",
     re.DOTALL,
 )
-_TRAINERS = "generated automatically according to the information the Trainer had access to"
-"""What the Trainer's own card says of itself."""
 _OPEN = "More information needed"
-"""What it says, at least so often, where nobody has written anything yet."""
+"""What the Trainer's own card says, at least so often, where nobody has written anything yet."""
 _OPEN_PARTS = 3
 _LINES = "\n"
 """All that is added or taken away around a maker's text: a blank before it may make it code."""
@@ -52,7 +50,7 @@ def end(name: str) -> Safe:
 
 def is_generated(text: str) -> bool:
     """Whether a card holds parts of ours, or is all the Trainer's: what may be rendered again without being asked."""
-    return bool(_BLOCK.search(text)) or (_TRAINERS in text and text.count(_OPEN) >= _OPEN_PARTS)
+    return bool(_BLOCK.search(text)) or (licences.TRAINERS in text and text.count(_OPEN) >= _OPEN_PARTS)
 
 
 def merge(existing: str | None, rendered: str) -> str:
@@ -79,7 +77,7 @@ def merge(existing: str | None, rendered: str) -> str:
         for name, before in _following(blocks):
             if name not in placed:
                 merged = _inserted(merged, blocks[name], before)
-    return f"---\n{_metadata(theirs, data)}\n---\n\n{merged.strip(_LINES)}\n"
+    return f"---\n{_metadata(theirs, data, existing)}\n---\n\n{merged.strip(_LINES)}\n"
 
 
 def _following(blocks: dict[str, str]) -> Iterator[tuple[str, str | None]]:
@@ -117,13 +115,15 @@ def _read(lines: str) -> dict[str, Any]:
     return files.parse_yaml(Path(FILE), lines)
 
 
-def _metadata(lines: str, rendered: str) -> str:
+def _metadata(lines: str, rendered: str, card: str) -> str:
     """The maker's lines as they stand where they say what is to be said, ours for all else."""
     theirs, ours = _read(lines), _read(rendered)
     merged = theirs | ours
     for name in STATED:
         if name in theirs:
             merged[name] = theirs[name]
+    if licences.is_filled_in(card, theirs.get("license")):
+        merged["license"] = ours.get("license")
     for name in LISTS:
         both = [*_listed(ours.get(name)), *_listed(theirs.get(name))]
         if both and name in ours:
