@@ -182,6 +182,31 @@ def test_the_tag_of_a_word_is_that_of_its_first_token_and_cut_words_count_as_unt
     assert counts.right[1] == (logits[1].argmax(-1) == 0).sum() + 5  # five of the six cut words are O
 
 
+def test_a_word_without_a_token_is_untagged_and_those_after_it_are_not(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A tokenizer makes none of a blank; the words behind it were seen all the same."""
+    words, plain = ["ann", " ", "acme", "went"], ["ann", "acme", "went"]
+    rows = [{"tokens": each, "tags": ["O"] * len(each)} for each in (words, plain)]
+    asked = task.read_task(written(tmp_path, "token-classification", rows))
+    one, other = (
+        Candidate(
+            subject=who, variant="torch", model=tagger(seed), tokenizer=tokenizer, provider="torch-cpu", folder=None
+        )
+        for who, seed in (("student", 0), ("teacher", 1))
+    )
+    loaded = Tags().load(asked, one.model.config)
+    own, theirs = (Tags().predict(each, loaded, asked) for each in (one, other))
+    np.testing.assert_allclose(own[0][[0, 2, 3]], own[1], atol=1e-5)
+    assert np.isnan(own[0][1]).all()
+    counts = Counts.of(own, loaded.labels or (), NAMES)
+    assert counts.right[0] == counts.right[1] + 1  # the blank is O
+    found = {m.metric: m.value for m in Tags().measure(one, own, loaded, asked, teacher=theirs)}
+    same = float((own[1].argmax(-1) == theirs[1].argmax(-1)).mean())
+    assert found["label_loyalty"] == pytest.approx(same)  # of six words, not of seven
+    assert 0 < found["probability_loyalty"] < 1
+
+
 @pytest.mark.parametrize(
     ("rows", "kind", "said"),
     [
@@ -324,6 +349,22 @@ def test_a_folder_of_each_task_is_measured_verified_and_described(
     assert (data.eval_results or [])[0].metric_value == by_name["student", "torch", main].value
 
 
+def test_retention_is_verified_as_that_of_the_score_it_was_recorded_of(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    teacher = saved(tagger(1), tokenizer, tmp_path / "teacher")
+    student = saved(tagger(0), tokenizer, tmp_path / "student")
+    path = written(tmp_path, "token-classification", tagged_rows(40), metrics=["accuracy"])
+    found = evaluate_folder(student, task=path, teacher=teacher, timing=Timing(batches=()))
+    kept = next(m for m in found if m.metric == "retention")
+    assert kept.how["metric"] == "accuracy"
+    again = next(
+        one for one in remeasuring.remeasure(student, task=path, teacher=teacher) if one.what.endswith("retention")
+    )
+    assert (again.state, again.note) == ("holds", "")
+    assert again.found == pytest.approx(kept.value)
+
+
 def test_a_task_file_asks_only_for_what_its_scorers_know() -> None:
     """What a task file may name is what its scorers know, and what is measured unasked is among it."""
     for kind, names in task.METRICS.items():
@@ -337,6 +378,10 @@ def test_metrics_of_other_tasks_and_models_are_refused(tmp_path: Path) -> None:
         task.read_task(written(tmp_path, "sentence-similarity", paired_rows(2), metrics=["accuracy"]))
     with pytest.raises(ForeignFileError, match="slices"):
         task.read_task(written(tmp_path, "token-classification", tagged_rows(2), slices=True))
+    with pytest.raises(ForeignFileError, match="would not be given them"):  # the first texts alone give other scores
+        task.read_task(
+            written(tmp_path, "text-classification", paired_rows(2), text="sentence1", text_pair="sentence2")
+        )
     asked = task.read_task(written(tmp_path, "text-classification", numbered_rows(2), metrics=["accuracy"]))
     with pytest.raises(UnknownNameError, match="pearsonr"):
         scoring.scorer(asked.task, BertConfig(num_labels=1)).asked(asked)
