@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hf_compress_cards import card, editing, leaderboards
+from hf_compress_cards import card, editing, leaderboards, plot
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -368,3 +368,32 @@ def test_scores_on_benchmarks_of_the_hub_are_written_for_its_leaderboards(tmp_pa
     card.write(student)
     assert not list(place.iterdir())  # nothing of it was measured any more
     assert leaderboards.entries(Record()) == {}
+
+
+def test_results_that_somebody_else_has_written_stay(tmp_path: Path) -> None:
+    data = Data(name="sst2", rows=9, labelled=9, fingerprint="0" * 16, hub_id="nyu-mll/glue")
+    score = Measurement(subject="student", metric="accuracy", value=0.5, unit="fraction", data=data)
+    student = folder_of(tmp_path / "student", Record(measurements=(score,)))
+    place = student / ".eval_results"
+    place.mkdir()
+    theirs = {name: place / name for name in ("gsm8k.yaml", "nyu-mll-glue-default.yaml")}
+    for path in theirs.values():
+        path.write_text("- dataset: {id: them/it, task_id: a}\n  value: 1\n")
+    card.write(student)
+    assert {path.read_text() for path in theirs.values()} == {"- dataset: {id: them/it, task_id: a}\n  value: 1\n"}
+    theirs["nyu-mll-glue-default.yaml"].unlink()
+    card.write(student)
+    assert parse_eval_result_entries(yaml.safe_load(theirs["nyu-mll-glue-default.yaml"].read_text()))[0].value == 0.5
+    facts.save(student, Record())
+    card.write(student)
+    assert [path.name for path in place.iterdir()] == ["gsm8k.yaml"]
+
+
+def test_an_error_is_not_drawn_as_if_more_were_better(tmp_path: Path) -> None:
+    def measured(metric: str, value: float, unit: str, **how: int) -> Measurement:
+        return Measurement(subject="student", metric=metric, value=value, unit=unit, how=how)
+
+    latency = measured("latency_median", 0.1, "seconds", batch=1)
+    error = measured("mean_squared_error", 0.5, "of the score, squared")
+    assert plot.marks(Record(measurements=(error, latency))) == (None, [])
+    assert len(plot.marks(Record(measurements=(error, measured("pearsonr", 0.5, "correlation"), latency)))[1]) == 1
