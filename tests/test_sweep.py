@@ -280,6 +280,8 @@ def test_the_message_of_an_error_keeps_no_folder() -> None:
         ("kd:temperature=1:temperature=2", {}, ConfigurationError, "each once"),
         ("kd:name=features", {}, ConfigurationError, "each once"),
         ("kd:temperature=[1", {}, ConfigurationError, "is no YAML"),
+        ("kd:temperature=2024-13-45", {}, ConfigurationError, "is no YAML"),
+        (f"kd:temperature={'[' * 3000}", {}, ConfigurationError, "is no YAML"),
         ("kd,diswot", {}, ConfigurationError, "'diswot' has no objective to train with, it is a search"),
         ("gkd", {}, ConfigurationError, "'gkd' is for text-generation.* not for text-classification"),
         ("kd,kd", {}, ConfigurationError, "there twice"),
