@@ -22,8 +22,9 @@ CARD = "README.md"
 MAKER = "as its maker says"
 _FOLLOWED = re.compile(rf"(?m)^- Licence: (\S+) \((?!{MAKER}\))")
 """What a card of ours says of a licence that it was given without its maker."""
-TRAINERS = "generated automatically according to the information the Trainer had access to"
-"""What the Trainer's own card says of itself; it names the licence of the model that training began with."""
+_TRAINERS = "generated automatically according to the information the Trainer had access to"
+_OPEN, _OPEN_PARTS = "More information needed", 3
+"""What the Trainer's own card says of itself, and at least so often where nobody has written anything yet."""
 PERMISSIVE = frozenset(
     {
         "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "unlicense", "wtfpl", "cc0-1.0",
@@ -72,9 +73,14 @@ def _of_maker(path: Path) -> object:
     return None if is_filled_in(files.read_text(path), written) else written
 
 
+def is_trainers(card: str) -> bool:
+    """Whether a card is the Trainer's, as it came; it names the licence of the model that training began with."""
+    return _TRAINERS in card and card.count(_OPEN) >= _OPEN_PARTS
+
+
 def is_filled_in(card: str, licence: object) -> bool:
     """Whether a card was given its licence by the Trainer or by us, without its maker's word."""
-    return TRAINERS in card or identifier(_single(licence)) in _FOLLOWED.findall(card)
+    return is_trainers(card) or identifier(_single(licence)) in _FOLLOWED.findall(card)
 
 
 def state(folder: Path, licence: str) -> None:

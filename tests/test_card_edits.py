@@ -250,6 +250,8 @@ def test_a_licence_that_was_filled_in_is_no_word_of_the_maker(tmp_path: Path) ->
 def test_the_licence_in_a_card_of_the_trainer_is_that_of_its_start(tmp_path: Path) -> None:
     student = folder_of(tmp_path / "student", Record(training=trained(data="cc-by-nc-4.0")))
     text = TrainingSummary(model_name="student", source="trainer", license="mit", hyperparameters={}).to_model_card()
+    (student / "README.md").write_text(text.replace("More information needed", "What it is.", 1))
+    assert licences.of(student) == ("mit", licences.MAKER)  # somebody has worked on it, and may mean it
     (student / "README.md").write_text(text)
     assert licences.of(student)[0] == "cc-by-nc-4.0"
     assert ModelCard(card.write(student).read_text()).data.license == "cc-by-nc-4.0"

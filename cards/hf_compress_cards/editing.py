@@ -27,9 +27,6 @@ _BLOCK = re.compile(  # no mark within: a part whose end was deleted would else 
     r"<!-- hf-compress: (?P<name>\w+) -->\n(?:(?!<!-- hf-compress: ).)*<!-- hf-compress: end (?P=name) -->\n?",
     re.DOTALL,
 )
-_OPEN = "More information needed"
-"""What the Trainer's own card says, at least so often, where nobody has written anything yet."""
-_OPEN_PARTS = 3
 _LINES = "\n"
 """All that is added or taken away around a maker's text: a blank before it may make it code."""
 LISTS = ("tags", "datasets", "language", "metrics")
@@ -50,7 +47,7 @@ def end(name: str) -> Safe:
 
 def is_generated(text: str) -> bool:
     """Whether a card holds parts of ours, or is all the Trainer's: what may be rendered again without being asked."""
-    return bool(_BLOCK.search(text)) or (licences.TRAINERS in text and text.count(_OPEN) >= _OPEN_PARTS)
+    return bool(_BLOCK.search(text)) or licences.is_trainers(text)
 
 
 def merge(existing: str | None, rendered: str) -> str:
