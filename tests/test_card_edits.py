@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hf_compress_cards import card, editing, leaderboards, plot
+from hf_compress_cards import card, editing, leaderboards, metadata, plot
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,7 +114,15 @@ def test_many_marks_without_an_end_are_read_in_no_time() -> None:
     marks = "<!-- hf-compress: a -->\n" * 20_000
     begun = time.process_time()
     assert marks in editing.merge(FRONT + marks, FRONT + block("one", "1"))
+    large = block("two", "words of a long card\n" * 400_000)
+    assert "words" not in editing.merge(FRONT + large, FRONT + block("one", "1"))
     assert time.process_time() - begun < 5
+
+
+def test_the_hubs_name_of_a_metric_is_in_ours() -> None:
+    assert all(
+        {"mean_squared_error": "mse"}.get(name, name).count(kind) for name, (kind, _) in metadata.METRICS.items()
+    )
 
 
 def test_blanks_and_empty_lines_of_a_maker_stay() -> None:

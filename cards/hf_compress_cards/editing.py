@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,7 @@ from .text import Safe
 FILE = "README.md"
 _KEY = re.compile(r"(?m)^[^\s#:\-\]}][^\n:]*:(?=\s|$)")
 """Where an entry of the metadata begins."""
-_BLOCK = re.compile(  # no mark within: a part whose end was deleted would else take what follows it along
-    r"<!-- hf-compress: (?P<name>\w+) -->\n(?:(?!<!-- hf-compress: ).)*<!-- hf-compress: end (?P=name) -->\n?",
-    re.DOTALL,
-)
+_MARK = re.compile(r"<!-- hf-compress: (?P<end>end )?(?P<name>\w+) -->\n?")
 _LINES = "\n"
 """All that is added or taken away around a maker's text: a blank before it may make it code."""
 LISTS = ("tags", "datasets", "language", "metrics")
@@ -47,7 +45,27 @@ def end(name: str) -> Safe:
 
 def is_generated(text: str) -> bool:
     """Whether a card holds parts of ours, or is all the Trainer's: what may be rendered again without being asked."""
-    return bool(_BLOCK.search(text)) or licences.is_trainers(text)
+    return bool(_blocks(text)) or licences.is_trainers(text)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A generated part and where it stands, its two comments included."""
+
+    name: str
+    start: int
+    end: int
+
+
+def _blocks(text: str) -> list[_Block]:
+    """The generated parts in order. No other mark stands within one: a part whose end was deleted is none, and takes
+    nothing of what follows it along."""
+    marks = list(_MARK.finditer(text))
+    return [
+        _Block(one["name"], one.start(), other.end())
+        for one, other in pairwise(marks)
+        if one["name"] == other["name"] and other["end"] and not one["end"] and one[0].endswith("\n")
+    ]
 
 
 def merge(existing: str | None, rendered: str) -> str:
@@ -61,16 +79,19 @@ def merge(existing: str | None, rendered: str) -> str:
     Raises:
         ForeignFileError: if the metadata of the existing one cannot be read.
     """
-    if existing is None or (not _BLOCK.search(existing) and is_generated(existing)):
+    if existing is None or (not _blocks(existing) and is_generated(existing)):
         return rendered
     data, new = _split(rendered)
     theirs, body = _split(existing.removeprefix("\ufeff"))
-    blocks = {match["name"]: match[0] for match in _BLOCK.finditer(new)}
-    if not _BLOCK.search(body):
+    blocks = {one.name: new[one.start : one.end] for one in _blocks(new)}
+    if not (held := _blocks(body)):
         merged = f"{body.strip(_LINES)}\n\n{new.strip()}\n"
     else:
-        placed = {match["name"] for match in _BLOCK.finditer(body)}
-        merged = _BLOCK.sub(lambda match: blocks.get(match["name"], ""), body)
+        placed = {one.name for one in held}
+        ends = [0, *(one.end for one in held)]
+        kept = [body[begun : one.start] for begun, one in zip(ends, held, strict=False)]
+        parts = [text + blocks.get(one.name, "") for text, one in zip(kept, held, strict=True)]
+        merged = "".join([*parts, body[ends[-1] :]])
         for name, before in _following(blocks):
             if name not in placed:
                 merged = _inserted(merged, blocks[name], before)
@@ -87,9 +108,9 @@ def _following(blocks: dict[str, str]) -> Iterator[tuple[str, str | None]]:
 
 def _inserted(body: str, block: str, before: str | None) -> str:
     place = 0
-    for match in _BLOCK.finditer(body):
-        if match["name"] == before:
-            place = match.end()
+    for one in _blocks(body):
+        if one.name == before:
+            place = one.end
     return f"{body[:place].rstrip(_LINES)}\n\n{block}\n{body[place:].lstrip(_LINES)}".lstrip(_LINES)
 
 
