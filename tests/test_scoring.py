@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from hf_compress_cards import card
 from hf_compress_evaluation import intervals, metrics, quality, remeasuring, scoring, table, task
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.folder import Timing, evaluate_folder
+from hf_compress_evaluation.scoring.numbers import Numbered, Numbers
 from hf_compress_evaluation.scoring.sentences import Embedded, Pairs, Sentences
-from hf_compress_evaluation.scoring.tags import Counts, Tags
+from hf_compress_evaluation.scoring.tags import Counts, Tagged, Tags
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -297,6 +300,80 @@ def paired_rows(count: int) -> list[dict[str, Any]]:
         }
         for _ in range(count)
     ]
+
+
+def told(kind: str, **settings: Any) -> tuple[Candidate, task.Task]:
+    """Whose predictions are given by hand, and their task."""
+    model = SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(NAMES))))
+    one = Candidate(subject="student", variant="torch", model=model, tokenizer=None, provider="torch-cpu", folder=None)  # type: ignore[arg-type]  # no model is run
+    return one, task.Task(task=kind, data="rows.jsonl", **settings)
+
+
+def check_derived(found: dict[str, facts.Measurement], own: float, teacher: float, alone: float) -> None:
+    assert found["retention"].value == pytest.approx(own / teacher)
+    assert found["gap_closed"].value == pytest.approx((own - alone) / (teacher - alone))
+    assert found["gain"].value == pytest.approx(own - alone)
+
+
+DATA = facts.Data(name="rows", rows=12, fingerprint="0" * 16)
+
+
+def test_a_student_of_numbers_is_held_against_teacher_and_baseline_each_in_its_place() -> None:
+    draw, labels = np.random.default_rng(0), np.arange(12.0)
+    own, teacher, alone = (labels + draw.normal(0, scale, 12) for scale in (2, 0.5, 9))
+    one, asked = told("text-classification", metrics=("pearsonr", "mean_squared_error"))
+    rows = Numbered(texts=("a",) * 12, labels=labels, data=DATA)
+    given = Numbers().measure(one, own, rows, asked, teacher=teacher, alone=alone)
+    found = {m.metric: m for m in given}
+    check_derived(found, *(pearsonr(each, labels).statistic for each in (own, teacher, alone)))
+    assert found["mean_squared_error"].value == pytest.approx(((own - labels) ** 2).mean())
+    assert found["rank_loyalty"].value == pytest.approx(spearmanr(own, teacher).statistic)
+
+
+def test_a_student_of_embeddings_is_held_against_teacher_and_baseline_each_in_its_place() -> None:
+    draw, labels = np.random.default_rng(1), np.arange(12.0)
+
+    def turned(angles: np.ndarray) -> np.ndarray:
+        return np.stack((np.cos(angles), np.sin(angles)), -1)
+
+    def made(scale: float, first: float) -> Embedded:
+        angles = (12 - labels + draw.normal(0, scale, 12)) / 9
+        return Embedded(texts=turned(np.full(12, first)), others=turned(angles + first))
+
+    own, teacher, alone = made(2, 0.1), made(0.5, 0.4), made(9, 0.0)
+    one, asked = told("sentence-similarity")
+    rows = Pairs(texts=("a",) * 12, others=("b",) * 12, labels=labels, data=DATA)
+    found = {m.metric: m for m in Sentences().measure(one, own, rows, asked, teacher=teacher, alone=alone)}
+    check_derived(found, *(spearmanr(each.cosines, labels).statistic for each in (own, teacher, alone)))
+    near = [(a * b).sum(-1).mean() for a, b in ((own.texts, teacher.texts), (own.others, teacher.others))]
+    assert found["teacher_cosine"].value == pytest.approx(np.mean(near))
+
+
+def test_a_student_of_tags_is_held_against_teacher_and_baseline_each_in_its_place() -> None:
+    truth = ["B-PER", "O", "B-ORG", "O"]
+    said = {"own": ["B-PER", "O", "O", "B-PER"], "teacher": truth, "alone": ["O", "B-PER", "O", "B-PER"]}
+    one, asked = told("token-classification", metrics=("accuracy",))
+    labels = tuple(one_hot(truth).argmax(-1) for _ in range(3))
+    rows = Tagged(words=(("a",) * 4,) * 3, labels=labels, data=DATA)
+    own, teacher, alone = ([one_hot(said[who])] * 3 for who in ("own", "teacher", "alone"))
+    found = {m.metric: m for m in Tags().measure(one, own, rows, asked, teacher=teacher, alone=alone)}
+    check_derived(found, 1 / 2, 1, 0)
+    assert found["label_loyalty"].value == pytest.approx(1 / 2)
+
+
+def test_tags_of_a_class_label_are_read_by_name(tmp_path: Path) -> None:
+    """The ids of a data set may count in another order than the model's."""
+    names = [*NAMES[::-1]]
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(datasets.ClassLabel(names=names))}
+    )
+    rows = datasets.Dataset.from_dict({"tokens": [["ann", "went"]], "tags": [["B-PER", "O"]]}, features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    asked = task.Task(task="token-classification", data=str(tmp_path / "rows.parquet"))
+    loaded = Tags().load(
+        asked, BertConfig(id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
+    )
+    assert [each.tolist() for each in loaded.labels or ()] == [[1, 0]]
 
 
 KINDS = {
