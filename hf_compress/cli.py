@@ -456,8 +456,10 @@ def _name_in_card(folder: Path, repository: str) -> None:
     from hf_compress_cards import card as cards
     from hf_compress_cards import editing
 
+    from . import files
+
     path = folder / cards.FILE
-    if not path.exists() or editing.is_generated(path.read_text(encoding="utf-8")):
+    if not path.exists() or editing.is_generated(files.read_text(path)):
         cards.write(folder, repo_id=repository)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .errors import ConfigurationError
+from . import files
+from .errors import ConfigurationError, ForeignFileError
 from .recipe import Use, validated
 
 DEFAULT, ALONE = "default", "alone"
@@ -56,9 +56,9 @@ def _use(text: str) -> Use:
                 f"--methods: {text!r} cannot be read at {setting!r}. Write :setting=value, each once."
             )
         try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            values[key] = files.parse_yaml(Path("--methods"), f"value: {value}")["value"]
+        except ForeignFileError as error:
             raise ConfigurationError(
-                f"--methods: the value in {setting!r} is no YAML. Write a number or text."
+                f"--methods: the value in {setting[:80]!r} is no YAML. Write a number or text."
             ) from error
     return validated(Use, values, f"--methods, {text}")

@@ -201,6 +201,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(path: Path, text: str) -> dict[str, Any]:
     """The YAML mapping that was read from a file, or from the head of one; as `read_yaml`."""
+    if len(text) > MAX_YAML_BYTES:
+        raise ForeignFileError(
+            path, f"has {len(text)} characters of YAML, more than {MAX_YAML_BYTES}.", "Check where it comes from."
+        )
     try:
         _check_events(path, text)
         value = yaml.load(text, Loader=_UniqueLoader)

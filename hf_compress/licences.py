@@ -19,6 +19,12 @@ from .errors import ConfigurationError, ForeignFileError
 from .facts import Record, Training, load, save
 
 CARD = "README.md"
+MAKER = "as its maker says"
+_FOLLOWED = re.compile(rf"(?m)^- Licence: (\S+) \((?!{MAKER}\))")
+"""What a card of ours says of a licence that it was given without its maker."""
+_TRAINERS = "generated automatically according to the information the Trainer had access to"
+_OPEN, _OPEN_PARTS = "More information needed", 3
+"""What the Trainer's own card says of itself, and at least so often where nobody has written anything yet."""
 PERMISSIVE = frozenset(
     {
         "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "unlicense", "wtfpl", "cc0-1.0",
@@ -27,6 +33,8 @@ PERMISSIVE = frozenset(
     }
 )  # fmt: skip
 """Identifiers of the hub whose works may be passed on under another licence, as long as theirs is named."""
+OTHER = "other"
+"""The hub's word for a licence that it has none for: two of them need not be the same."""
 
 
 def identifier(text: object) -> str | None:
@@ -38,20 +46,74 @@ def identifier(text: object) -> str | None:
 def of(folder: Path) -> tuple[str | None, str]:
     """The licence of a model folder and where it comes from, or None and why nobody knows it.
 
-    What its maker has said comes first: in the record (`state`), in the card, in the config.
+    What its maker has said comes first: in the card, in the record (`state` writes both), in the config.
 
     Raises:
         ForeignFileError: if the record or the config are malformed.
     """
     record = load(folder)
     config = files.read_json(folder / "config.json") if files.is_file(folder / "config.json") else {}
-    said = identifier(record.licence) or of_card(folder / CARD) or identifier(config.get("license"))
-    return (said, "as its maker says") if said else inherited(record)
+    written = _of_maker(folder / CARD)
+    if written is not None and identifier(written) is None:
+        return None, f"its card names {str(written)[:80]!r}, which is no one identifier"
+    said = identifier(written) or identifier(record.licence) or identifier(config.get("license"))
+    return (said, MAKER) if said else inherited(record)
+
+
+def said_in(path: Path) -> str | None:
+    """The licence that the maker has written into a card of his own."""
+    return identifier(_of_maker(path))
+
+
+def _of_maker(path: Path) -> object:
+    """What the maker has written into a card as its licence; None for what was filled in without being asked."""
+    written = _single(front_matter(path).get("license"))
+    if written is None:
+        return None
+    return None if is_filled_in(files.read_text(path), written) else written
+
+
+def is_trainers(card: str) -> bool:
+    """Whether a card is the Trainer's, as it came; it names the licence of the model that training began with."""
+    return _TRAINERS in card and card.count(_OPEN) >= _OPEN_PARTS
+
+
+def is_filled_in(card: str, licence: object) -> bool:
+    """Whether a card was given its licence by the Trainer or by us, without its maker's word."""
+    return is_trainers(card) or identifier(_single(licence)) in _FOLLOWED.findall(card)
 
 
 def state(folder: Path, licence: str) -> None:
-    """Writes down under which licence a model folder is passed on; errors as `valid`."""
-    save(folder, load(folder).model_copy(update={"licence": valid(licence)}))
+    """Writes down under which licence a model folder is passed on, in the record and in the card if there is one.
+
+    Raises:
+        ConfigurationError: as `valid`.
+        ForeignFileError: if the record or the card's metadata cannot be read.
+    """
+    stated = valid(licence)
+    if files.is_file(folder / CARD):
+        text = files.read_text(folder / CARD)
+        if (changed := _with_licence(folder / CARD, text, stated)) != text:
+            files.write_text(folder / CARD, changed)
+    save(folder, load(folder).model_copy(update={"licence": stated}))
+
+
+def _with_licence(path: Path, text: str, licence: str) -> str:
+    """The card with that licence; all else stays to the letter."""
+    found = REGEX_YAML_BLOCK.match(text.removeprefix("\ufeff"))
+    if found is None:
+        return f"---\nlicense: {licence}\n---\n\n{text}"
+    if identifier(files.parse_yaml(path, found[2]).get("license")) == licence:
+        return text
+    kept = _ENTRIES.sub("", f"{found[2]}\n").strip("\n")
+    changed = "\n".join(part for part in (f"license: {licence}", kept) if part)
+    if identifier(files.parse_yaml(path, changed).get("license")) != licence:
+        raise ForeignFileError(path, "names its licence in a way that is not understood.", "Write it in a line.")
+    return text.replace(found[2], changed, 1)
+
+
+_ENTRIES = re.compile(r"(?m)^license(?:_name|_link)?:.*\n(?:[ \t-].*\n)*")
+"""The lines of a front matter that say a licence, with those of their lists."""
 
 
 def valid(licence: str) -> str:
@@ -88,14 +150,24 @@ def combined(sources: Mapping[str, str | None]) -> tuple[str | None, str]:
     bound = {licence for licence in known.values() if licence not in PERMISSIVE}
     if len(bound) > 1:
         return None, f"{said} do not go together"
+    if OTHER in bound:
+        return None, f"{said}: what the licence {OTHER!r} allows is not known"
+    if without := next((licence for licence in bound if licence is not None and "-nd-" in licence), None):
+        return None, f"{said}: {without} allows no derived works"
     return next(iter(bound or known.values())), said
 
 
 def _sources(stage: Training) -> dict[str, str | None]:
-    data = {f"the data {stage.data.name!r}": stage.data.licence}
-    if stage.teacher is None:
-        return data
-    return {f"the teacher {stage.teacher.name}" if stage.teacher.name else "the teacher": stage.teacher.licence} | data
+    """The licences of what a stage was made of: models, and data."""
+    models = {"the teacher": stage.teacher} | {f"the {role} model": model for role, model in stage.frozen.items()}
+    found = {
+        f"{who} {model.name}" if model.name else who: model.licence
+        for who, model in models.items()
+        if model is not None
+    }
+    if stage.student.name is not None or stage.student.licence is not None:
+        found[f"the student's start {stage.student.name or ''}".strip()] = stage.student.licence
+    return found | {f"the data {stage.data.name!r}": stage.data.licence}
 
 
 def of_source(source: object) -> str | None:
@@ -117,7 +189,11 @@ def of_source(source: object) -> str | None:
 
 def of_card(path: Path) -> str | None:
     """The licence in a card's front matter; None without a card, or with one that cannot be read."""
-    return identifier(front_matter(path).get("license"))
+    return identifier(_single(front_matter(path).get("license")))
+
+
+def _single(written: object) -> object:
+    return written[0] if isinstance(written, list) and len(written) == 1 else written
 
 
 def front_matter(path: Path) -> dict[str, Any]:
@@ -125,7 +201,7 @@ def front_matter(path: Path) -> dict[str, Any]:
     if not files.is_file(path):
         return {}
     try:
-        found = REGEX_YAML_BLOCK.search(files.read_text(path))
+        found = REGEX_YAML_BLOCK.search(files.read_text(path).removeprefix("\ufeff"))
         return {} if found is None else files.parse_yaml(path, found.group(2))
     except ForeignFileError:
         return {}

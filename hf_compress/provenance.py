@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from torch import nn
 
-from . import facts, registry
+from . import facts, licences, registry
 from .data import Mixture
 from .objective import IGNORED, Kind, Objective
 from .taps import unwrap
+from .teachers.model import hub_name
 
 if TYPE_CHECKING:
     from .run import Run
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 1000
 """Rows that a fingerprint reads, evenly spaced: enough to tell data sets apart, cheap for millions of rows."""
@@ -61,12 +66,16 @@ def student_start(model: nn.Module) -> str | None:
 
 
 def describe_model(model: nn.Module, layers: int) -> facts.Model:
-    """A student by class, size and start."""
+    """A student by class, size and start: layers of the teacher, or the model that it was loaded from."""
+    start = student_start(model)
+    source = "" if start else str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return facts.Model(
+        name=hub_name(source),
+        licence=licences.of_source(source),
         architecture=type(model).__name__,
         parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith("distiller.")),
         layers=layers or None,
-        start=student_start(model),
+        start=start,
     )
 
 
@@ -124,6 +133,19 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
+def earlier_stages(model: nn.Module) -> tuple[facts.Training, ...]:
+    """Earlier trainings of a student, oldest first, from the config that it was loaded with."""
+    found = getattr(getattr(model, "config", None), "compression", None)
+    if not isinstance(found, dict):
+        return ()
+    try:
+        last = facts.Training.model_validate(found)
+    except ValidationError as error:  # a stranger's: the run is not to end with it
+        logger.warning("hf_compress: the record of the student's earlier training is not kept: %s", error)
+        return ()
+    return (*last.before, last.model_copy(update={"before": ()}))
+
+
 def describe_training(run: Run, *, seconds: float) -> facts.Training:
     """The record of a finished run."""
     trainer = run.trainer
@@ -145,4 +167,5 @@ def describe_training(run: Run, *, seconds: float) -> facts.Training:
         settings=_plain(settings),
         hardware=facts.hardware(),
         versions=facts.versions(),
+        before=earlier_stages(unwrap(run.student)),
     )

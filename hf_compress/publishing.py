@@ -31,7 +31,7 @@ from .callback import DistillCallback, calling_trainer
 from .errors import ConfigurationError, GateError, HfCompressError, MismatchError, UnknownNameError
 from .objective import kind_of
 from .outgoing import ALLOWED
-from .provenance import task_of
+from .provenance import describe_training, task_of
 from .teachers.model import hub_name
 
 logger = logging.getLogger(__name__)
@@ -195,20 +195,17 @@ class PublishCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._check_licence(trainer, folder)
 
     def _check_licence(self, trainer: Trainer, folder: Path) -> None:
-        if self.licence or licences.of_card(folder / card.FILE):
+        if self.licence or licences.said_in(folder / card.FILE):
             return
         callbacks = trainer.callback_handler.callbacks
         run = next((callback.run for callback in callbacks if isinstance(callback, DistillCallback)), None)
-        data = None if run is None else run.config.data_licence
-        data = data or getattr(getattr(trainer.train_dataset, "info", None), "license", None)
-        sources = {"the training data": data}
-        if run is not None and run.teacher is not None:
-            sources = {"the teacher": run.teacher.describe().licence} | sources
-        known, why = licences.combined(sources)
+        record = facts.Record(training=None if run is None else describe_training(run, seconds=0.0))
+        known, why = licences.inherited(record)
         if known is None:
             raise ConfigurationError(
-                f"PublishCallback: {why}, and a model is pushed under one. Give licence='apache-2.0' or the like, or "
-                "DistillCallback(data_licence=…) where the teacher's card names its own."
+                f"PublishCallback: no licence follows from what the student is made of ({why}), and a model is pushed "
+                "under one. Give licence='apache-2.0' or the like, or DistillCallback(data_licence=…) where the "
+                "teacher's card names its own."
             )
 
     def _folder(self, trainer: Trainer) -> Path:

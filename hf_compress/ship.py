@@ -474,10 +474,20 @@ class Work:
         )
 
     def _card(self) -> None:
-        if self._licence[0] is not None:
-            licences.state(self.student, self._licence[0])
+        self._state_licence()
         repository = None if self.recipe.push is None else hub.repository_of(self.recipe.push)[0]
         card.write(self.student, repo_id=repository)
+
+    def _state_licence(self) -> None:
+        """What the recipe says; else that of the teacher as it came, which a copy trained here has no card to tell."""
+        record = facts.load(self.student)
+        if self.recipe.licence is not None:
+            licences.state(self.student, self.recipe.licence)
+        elif (training := record.training) is not None and training.teacher is not None:
+            known = training.teacher.licence or licences.of_source(self.recipe.teacher)
+            teacher = training.teacher.model_copy(update={"licence": known})
+            training = training.model_copy(update={"teacher": teacher})
+            facts.save(self.student, record.model_copy(update={"training": training, "licence": None}))
 
     def _push(self) -> None:
         if self.recipe.push is None:

@@ -130,7 +130,7 @@ def run_stages(
         if stage.keep_as is not None:
             models[stage.keep_as] = copy.deepcopy(current)
     if isinstance(records[-1], dict):
-        before = [record for record in records[:-1] if isinstance(record, dict)]
+        before = [record | {"before": []} for record in records[:-1] if isinstance(record, dict)]
         record = facts.Training.model_validate(records[-1] | {"before": before})
         current.config.compression = record.model_dump(mode="json", exclude_none=True)
     return current

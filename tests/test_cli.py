@@ -381,6 +381,21 @@ def test_push_keeps_a_card_that_was_edited(command: Callable[..., Said], student
     assert ModelCard(hub.files("me/small")["README.md"].decode()).data.license == "cc-by-4.0"
 
 
+def test_a_card_of_the_maker_gets_the_licence_that_the_push_is_given(
+    command: Callable[..., Said], student: Path, hub: Hub
+) -> None:
+    (student / "README.md").write_text("# All mine\n")
+    said = command("push", student, f"{hub.url}/me/small", "--license", "mit")
+    assert said.code == 0, said.err
+    assert hub.files("me/small")["README.md"] == b"---\nlicense: mit\n---\n\n# All mine\n"
+
+
+def test_a_card_that_is_no_text_is_one_line(command: Callable[..., Said], student: Path, hub: Hub) -> None:
+    (student / "README.md").write_bytes(b"# \xff\n")
+    assert "README.md: is not UTF-8" in command("push", student, f"{hub.url}/me/small").error
+    assert not hub.repos
+
+
 def test_a_push_without_a_licence_says_how_to_give_one(command: Callable[..., Said], student: Path, hub: Hub) -> None:
     error = command("push", student, f"{hub.url}/me/small").error
     assert "names no licence" in error

@@ -101,6 +101,12 @@ def test_a_fresh_process_is_measured_and_not_this_one(student: Path, graph: Path
     assert 10e6 < found["onnx"] < found["torch"] / 2  # without torch
 
 
+def test_memory_is_told_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").write_text("VmPeak:\t 9000 kB\nVmHWM:\t    2000 kB\nVmRSS:\t 1000 kB\n")
+    monkeypatch.setattr(serving_process, "STATUS", tmp_path / "status")
+    assert serving_process.resident() == 2000 * 1024
+
+
 def test_a_larger_batch_takes_more_memory(graph: Path) -> None:
     values = [
         cost.peak_memory("student", "onnx", graph, device="cpu", how=HOW | {"batch": batch, "length": 64})[0].value

@@ -357,6 +357,26 @@ def test_a_recipes_baseline_is_run_where_the_record_does_not_say(scene: Scene, t
     assert after.values == pytest.approx(before.values)
 
 
+def test_a_baseline_is_compared_class_by_class_or_not_at_all(scene: Scene, tmp_path: Path) -> None:
+    plain = by_name(examine(scene.place / "student", scene.given(alone=scene.place / "alone")))
+    model = BertForSequenceClassification.from_pretrained(scene.place / "alone")
+    with torch.no_grad():  # the same decisions, the classes in another order
+        model.classifier.weight.copy_(model.classifier.weight.flip(0))
+        model.classifier.bias.copy_(model.classifier.bias.flip(0))
+    model.config.id2label = {0: LABELS[1], 1: LABELS[0]}
+    model.config.label2id = {LABELS[1]: 0, LABELS[0]: 1}
+    model.save_pretrained(tmp_path / "turned")
+    tiny_tokenizer().save_pretrained(tmp_path / "turned")
+    turned = by_name(examine(scene.place / "student", scene.given(alone=tmp_path / "turned")))
+    name = "student against alone"
+    assert turned[name].values == plain[name].values
+    tiny_bert_classifier(num_labels=3, num_hidden_layers=1).save_pretrained(tmp_path / "three")
+    tiny_tokenizer().save_pretrained(tmp_path / "three")
+    other = by_name(examine(scene.place / "student", scene.given(alone=tmp_path / "three")))[name]
+    assert other.verdict == "not looked at"
+    assert "not those of the student" in other.remedy
+
+
 def test_rows_are_read_with_their_labels(tmp_path: Path) -> None:
     """Ids, names, none at all, and those that are no class, which are counted."""
     ids = {name: index for index, name in enumerate(LABELS)}

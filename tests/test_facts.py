@@ -356,7 +356,7 @@ def test_a_snapshot_of_the_hub_cache_can_be_checked(tmp_path: Path) -> None:
 def test_the_schema_can_be_produced_and_names_every_part() -> None:
     schema = json.loads(json.dumps(Record.model_json_schema()))
 
-    assert set(schema["properties"]) == {"version", "training", "measurements", "evidence"}
+    assert set(schema["properties"]) == {"version", "training", "measurements", "evidence", "licence"}
     assert {"Data", "Evidence", "Measurement", "Method", "Model", "Setting", "Training"} <= set(schema["$defs"])
     assert schema["additionalProperties"] is False
 

@@ -544,3 +544,26 @@ def main(work: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+@pytest.mark.usefixtures("untrained")
+def test_without_a_record_of_the_training_no_licence_follows_and_that_is_found_before_it(
+    hub: Hub, tmp_path: Path
+) -> None:
+    trainer = build(tmp_path, PublishCallback(f"{hub.url}/me/nameless", folder=tmp_path / "student"))
+    trainer.train_dataset.info.license = "mit"
+    with pytest.raises(ConfigurationError, match="how the model was trained is not recorded"):
+        trainer.train()
+
+
+@pytest.mark.usefixtures("untrained")
+def test_the_start_of_the_student_decides_whether_it_can_be_published(hub: Hub, tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "big")
+    (tmp_path / "big" / "README.md").write_text("---\nlicense: mit\n---\n")
+    teacher.config._name_or_path = str(tmp_path / "big")
+    distilled = DistillCallback(teacher, method="kd", data_licence="mit")
+    student = new_student()
+    student.config._name_or_path = "them/start"
+    publish = PublishCallback(f"{hub.url}/me/nameless", folder=tmp_path / "student")
+    with pytest.raises(ConfigurationError, match="start them/start is not known"):
+        build(tmp_path, publish, distilled, student=student).train()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from hf_compress_cards import card
 from hf_compress_evaluation import intervals, metrics, quality, remeasuring, scoring, table, task
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.folder import Timing, evaluate_folder
+from hf_compress_evaluation.scoring.numbers import Numbered, Numbers
 from hf_compress_evaluation.scoring.sentences import Embedded, Pairs, Sentences
-from hf_compress_evaluation.scoring.tags import Counts, Tags
+from hf_compress_evaluation.scoring.tags import Counts, Tagged, Tags
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,9 +120,16 @@ def test_figures_that_are_compared_are_resampled_together() -> None:
     teacher, student = intervals.share(0.8 * wholes, wholes), intervals.share(0.6 * wholes, wholes)
     kept = intervals.retention(student, teacher)
     assert kept.value == pytest.approx(0.75)
-    assert kept.interval is None or kept.interval[1] - kept.interval[0] < 1e-9
+    assert kept.interval is None  # up to rounding, every resample gives the same
+    assert kept.note == "every resample gives the same"
+
     closed = intervals.gap_closed(student, teacher, intervals.share(0.5 * wholes, wholes))
     assert closed.value == pytest.approx(1 / 3)
+
+
+def test_a_constant_has_no_correlation_also_where_its_mean_is_rounded() -> None:
+    for one, other in (([0.1] * 3, [1.0, 2.0, 4.0]), ([1.0, 2.0, 4.0], [0.1] * 3)):
+        assert intervals.estimate(intervals.pearson(one, other)).value is None
 
 
 # ---------------------------------------------------------------------------------------------- tags
@@ -180,6 +190,31 @@ def test_the_tag_of_a_word_is_that_of_its_first_token_and_cut_words_count_as_unt
     assert counts.words.tolist() == [3, 20]
     assert counts.true.tolist() == [1, 1]  # the cut one is missed, not left out
     assert counts.right[1] == (logits[1].argmax(-1) == 0).sum() + 5  # five of the six cut words are O
+
+
+def test_a_word_without_a_token_is_untagged_and_those_after_it_are_not(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A tokenizer makes none of a blank; the words behind it were seen all the same."""
+    words, plain = ["ann", " ", "acme", "went"], ["ann", "acme", "went"]
+    rows = [{"tokens": each, "tags": ["O"] * len(each)} for each in (words, plain)]
+    asked = task.read_task(written(tmp_path, "token-classification", rows))
+    one, other = (
+        Candidate(
+            subject=who, variant="torch", model=tagger(seed), tokenizer=tokenizer, provider="torch-cpu", folder=None
+        )
+        for who, seed in (("student", 0), ("teacher", 1))
+    )
+    loaded = Tags().load(asked, one.model.config)
+    own, theirs = (Tags().predict(each, loaded, asked) for each in (one, other))
+    np.testing.assert_allclose(own[0][[0, 2, 3]], own[1], atol=1e-5)
+    assert np.isnan(own[0][1]).all()
+    counts = Counts.of(own, loaded.labels or (), NAMES)
+    assert counts.right[0] == counts.right[1] + 1  # the blank is O
+    found = {m.metric: m.value for m in Tags().measure(one, own, loaded, asked, teacher=theirs)}
+    same = float((own[1].argmax(-1) == theirs[1].argmax(-1)).mean())
+    assert found["label_loyalty"] == pytest.approx(same)  # of six words, not of seven
+    assert 0 < found["probability_loyalty"] < 1
 
 
 @pytest.mark.parametrize(
@@ -274,6 +309,80 @@ def paired_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def told(kind: str, **settings: Any) -> tuple[Candidate, task.Task]:
+    """Whose predictions are given by hand, and their task."""
+    model = SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(NAMES))))
+    one = Candidate(subject="student", variant="torch", model=model, tokenizer=None, provider="torch-cpu", folder=None)  # type: ignore[arg-type]  # no model is run
+    return one, task.Task(task=kind, data="rows.jsonl", **settings)
+
+
+def check_derived(found: dict[str, facts.Measurement], own: float, teacher: float, alone: float) -> None:
+    assert found["retention"].value == pytest.approx(own / teacher)
+    assert found["gap_closed"].value == pytest.approx((own - alone) / (teacher - alone))
+    assert found["gain"].value == pytest.approx(own - alone)
+
+
+DATA = facts.Data(name="rows", rows=12, fingerprint="0" * 16)
+
+
+def test_a_student_of_numbers_is_held_against_teacher_and_baseline_each_in_its_place() -> None:
+    draw, labels = np.random.default_rng(0), np.arange(12.0)
+    own, teacher, alone = (labels + draw.normal(0, scale, 12) for scale in (2, 0.5, 9))
+    one, asked = told("text-classification", metrics=("pearsonr", "mean_squared_error"))
+    rows = Numbered(texts=("a",) * 12, labels=labels, data=DATA)
+    given = Numbers().measure(one, own, rows, asked, teacher=teacher, alone=alone)
+    found = {m.metric: m for m in given}
+    check_derived(found, *(pearsonr(each, labels).statistic for each in (own, teacher, alone)))
+    assert found["mean_squared_error"].value == pytest.approx(((own - labels) ** 2).mean())
+    assert found["rank_loyalty"].value == pytest.approx(spearmanr(own, teacher).statistic)
+
+
+def test_a_student_of_embeddings_is_held_against_teacher_and_baseline_each_in_its_place() -> None:
+    draw, labels = np.random.default_rng(1), np.arange(12.0)
+
+    def turned(angles: np.ndarray) -> np.ndarray:
+        return np.stack((np.cos(angles), np.sin(angles)), -1)
+
+    def made(scale: float, first: float) -> Embedded:
+        angles = (12 - labels + draw.normal(0, scale, 12)) / 9
+        return Embedded(texts=turned(np.full(12, first)), others=turned(angles + first))
+
+    own, teacher, alone = made(2, 0.1), made(0.5, 0.4), made(9, 0.0)
+    one, asked = told("sentence-similarity")
+    rows = Pairs(texts=("a",) * 12, others=("b",) * 12, labels=labels, data=DATA)
+    found = {m.metric: m for m in Sentences().measure(one, own, rows, asked, teacher=teacher, alone=alone)}
+    check_derived(found, *(spearmanr(each.cosines, labels).statistic for each in (own, teacher, alone)))
+    near = [(a * b).sum(-1).mean() for a, b in ((own.texts, teacher.texts), (own.others, teacher.others))]
+    assert found["teacher_cosine"].value == pytest.approx(np.mean(near))
+
+
+def test_a_student_of_tags_is_held_against_teacher_and_baseline_each_in_its_place() -> None:
+    truth = ["B-PER", "O", "B-ORG", "O"]
+    said = {"own": ["B-PER", "O", "O", "B-PER"], "teacher": truth, "alone": ["O", "B-PER", "O", "B-PER"]}
+    one, asked = told("token-classification", metrics=("accuracy",))
+    labels = tuple(one_hot(truth).argmax(-1) for _ in range(3))
+    rows = Tagged(words=(("a",) * 4,) * 3, labels=labels, data=DATA)
+    own, teacher, alone = ([one_hot(said[who])] * 3 for who in ("own", "teacher", "alone"))
+    found = {m.metric: m for m in Tags().measure(one, own, rows, asked, teacher=teacher, alone=alone)}
+    check_derived(found, 1 / 2, 1, 0)
+    assert found["label_loyalty"].value == pytest.approx(1 / 2)
+
+
+def test_tags_of_a_class_label_are_read_by_name(tmp_path: Path) -> None:
+    """The ids of a data set may count in another order than the model's."""
+    names = [*NAMES[::-1]]
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(datasets.ClassLabel(names=names))}
+    )
+    rows = datasets.Dataset.from_dict({"tokens": [["ann", "went"]], "tags": [["B-PER", "O"]]}, features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    asked = task.Task(task="token-classification", data=str(tmp_path / "rows.parquet"))
+    loaded = Tags().load(
+        asked, BertConfig(id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
+    )
+    assert [each.tolist() for each in loaded.labels or ()] == [[1, 0]]
+
+
 KINDS = {
     "token-classification": (tagger, tagged_rows, "seqeval_f1", "label_loyalty"),
     "text-classification": (
@@ -326,6 +435,22 @@ def test_a_folder_of_each_task_is_measured_verified_and_described(
     assert (data.eval_results or [])[0].metric_value == by_name["student", "torch", main].value
 
 
+def test_retention_is_verified_as_that_of_the_score_it_was_recorded_of(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    teacher = saved(tagger(1), tokenizer, tmp_path / "teacher")
+    student = saved(tagger(0), tokenizer, tmp_path / "student")
+    path = written(tmp_path, "token-classification", tagged_rows(40), metrics=["accuracy"])
+    found = evaluate_folder(student, task=path, teacher=teacher, timing=Timing(batches=()))
+    kept = next(m for m in found if m.metric == "retention")
+    assert kept.how["metric"] == "accuracy"
+    again = next(
+        one for one in remeasuring.remeasure(student, task=path, teacher=teacher) if one.what.endswith("retention")
+    )
+    assert (again.state, again.note) == ("holds", "")
+    assert again.found == pytest.approx(kept.value)
+
+
 def test_a_task_file_asks_only_for_what_its_scorers_know() -> None:
     """What a task file may name is what its scorers know, and what is measured unasked is among it."""
     for kind, names in task.METRICS.items():
@@ -339,6 +464,10 @@ def test_metrics_of_other_tasks_and_models_are_refused(tmp_path: Path) -> None:
         task.read_task(written(tmp_path, "sentence-similarity", paired_rows(2), metrics=["accuracy"]))
     with pytest.raises(ForeignFileError, match="slices"):
         task.read_task(written(tmp_path, "token-classification", tagged_rows(2), slices=True))
+    with pytest.raises(ForeignFileError, match="would not be given them"):  # the first texts alone give other scores
+        task.read_task(
+            written(tmp_path, "text-classification", paired_rows(2), text="sentence1", text_pair="sentence2")
+        )
     asked = task.read_task(written(tmp_path, "text-classification", numbered_rows(2), metrics=["accuracy"]))
     with pytest.raises(UnknownNameError, match="pearsonr"):
         scoring.scorer(asked.task, BertConfig(num_labels=1)).asked(asked)

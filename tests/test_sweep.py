@@ -21,6 +21,7 @@ from hf_compress_evaluation import intervals
 from hf_compress_evaluation.sweep import paired, tables
 from hf_compress_evaluation.sweep.summary import Row, choose, summarise
 from recipes import ROWS, write_inputs
+from scipy.stats import ttest_rel
 from transformers import TrainerState
 from typer.testing import CliRunner
 
@@ -280,6 +281,8 @@ def test_the_message_of_an_error_keeps_no_folder() -> None:
         ("kd:temperature=1:temperature=2", {}, ConfigurationError, "each once"),
         ("kd:name=features", {}, ConfigurationError, "each once"),
         ("kd:temperature=[1", {}, ConfigurationError, "is no YAML"),
+        ("kd:temperature=2024-13-45", {}, ConfigurationError, "is no YAML"),
+        (f"kd:temperature={'[' * 3000}", {}, ConfigurationError, "is no YAML"),
         ("kd,diswot", {}, ConfigurationError, "'diswot' has no objective to train with, it is a search"),
         ("gkd", {}, ConfigurationError, "'gkd' is for text-generation.* not for text-classification"),
         ("kd,kd", {}, ConfigurationError, "there twice"),
@@ -449,6 +452,16 @@ def test_a_summary_by_hand() -> None:
     assert set(one["against"]) == {"alone"}
     assert set(best["against"]) == {"alone", "a_b|c:x=%&"}
     assert of(found, "teacher")["against"] == of(found, "alone")["against"] == {}
+
+
+def test_runs_are_paired_by_seed_in_whatever_order_they_come() -> None:
+    given = {("alone", 0): "0011", ("alone", 1): "0111", ("a", 0): "0111", ("a", 1): "1111", ("a", 2): "0000"}
+    given |= {("alone", 2): "0000"}  # that of "a" stands before it
+    rows = [made(name, said, seed=seed) for (name, seed), said in given.items()]
+    expected = ttest_rel([0.75, 1.0, 0.0], [0.5, 0.75, 0.0]).pvalue
+    for order in (rows, [rows[1], rows[0], *rows[2:]], rows[::-1]):
+        found = {one.method: one for one in summarise([made("teacher", "1111", rate=None), *order], [1] * 4)}
+        assert found["a"].against["alone"].p_seeds == pytest.approx(expected)
 
 
 def test_one_seed_claims_no_spread() -> None:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from hf_compress import files
+from hf_compress import files, licences
 from hf_compress.errors import ForeignFileError
 
-from .metadata import to_yaml
+from .metadata import EMPTY, dumped
 from .text import Safe
 
-_BLOCK = re.compile(r"<!-- hf-compress: (?P<name>\w+) -->\n.*?<!-- hf-compress: end (?P=name) -->\n?", re.DOTALL)
-_OTHERS = ("generated from Trainer", "generated automatically according to the information the Trainer had access to")
-"""What the Trainer's own card says of itself: nobody has written that one."""
+FILE = "README.md"
+_KEY = re.compile(r"(?m)^[^\s#:\-\]}][^\n:]*:(?=\s|$)")
+"""Where an entry of the metadata begins."""
+_MARK = re.compile(r"<!-- hf-compress: (?P<end>end )?(?P<name>\w+) -->\n?")
+_LINES = "\n"
+"""All that is added or taken away around a maker's text: a blank before it may make it code."""
 LISTS = ("tags", "datasets", "language", "metrics")
 """Metadata to which a maker may add."""
 STATED = ("license", "license_name", "license_link", "pipeline_tag")
@@ -41,7 +45,27 @@ def end(name: str) -> Safe:
 
 def is_generated(text: str) -> bool:
     """Whether a card holds parts of ours, or is all the Trainer's: what may be rendered again without being asked."""
-    return bool(_BLOCK.search(text)) or any(mark in text for mark in _OTHERS)
+    return bool(_blocks(text)) or licences.is_trainers(text)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A generated part and where it stands, its two comments included."""
+
+    name: str
+    start: int
+    end: int
+
+
+def _blocks(text: str) -> list[_Block]:
+    """The generated parts in order. No other mark stands within one: a part whose end was deleted is none, and takes
+    nothing of what follows it along."""
+    marks = list(_MARK.finditer(text))
+    return [
+        _Block(one["name"], one.start(), other.end())
+        for one, other in pairwise(marks)
+        if one["name"] == other["name"] and other["end"] and not one["end"] and one[0].endswith("\n")
+    ]
 
 
 def merge(existing: str | None, rendered: str) -> str:
@@ -51,21 +75,27 @@ def merge(existing: str | None, rendered: str) -> str:
         existing: the card in the folder; None: there is none. One without any generated part is kept whole, and the
             generated parts come after it.
         rendered: as the record gives it, all of it between comments.
+
+    Raises:
+        ForeignFileError: if the metadata of the existing one cannot be read.
     """
-    if existing is None or (not _BLOCK.search(existing) and is_generated(existing)):
+    if existing is None or (not _blocks(existing) and is_generated(existing)):
         return rendered
     data, new = _split(rendered)
-    theirs, body = _split(existing)
-    blocks = {match["name"]: match[0] for match in _BLOCK.finditer(new)}
-    if not _BLOCK.search(body):
-        merged = f"{body.strip()}\n\n{new.strip()}\n"
+    theirs, body = _split(existing.removeprefix("\ufeff"))
+    blocks = {one.name: new[one.start : one.end] for one in _blocks(new)}
+    if not (held := _blocks(body)):
+        merged = f"{body.strip(_LINES)}\n\n{new.strip()}\n"
     else:
-        placed = {match["name"] for match in _BLOCK.finditer(body)}
-        merged = _BLOCK.sub(lambda match: blocks.get(match["name"], ""), body)
+        placed = {one.name for one in held}
+        ends = [0, *(one.end for one in held)]
+        kept = [body[begun : one.start] for begun, one in zip(ends, held, strict=False)]
+        parts = [text + blocks.get(one.name, "") for text, one in zip(kept, held, strict=True)]
+        merged = "".join([*parts, body[ends[-1] :]])
         for name, before in _following(blocks):
             if name not in placed:
                 merged = _inserted(merged, blocks[name], before)
-    return f"---\n{_metadata(theirs, data)}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, merged).strip()}\n"
+    return f"---\n{_metadata(theirs, data, existing)}\n---\n\n{merged.strip(_LINES)}\n"
 
 
 def _following(blocks: dict[str, str]) -> Iterator[tuple[str, str | None]]:
@@ -78,33 +108,63 @@ def _following(blocks: dict[str, str]) -> Iterator[tuple[str, str | None]]:
 
 def _inserted(body: str, block: str, before: str | None) -> str:
     place = 0
-    for match in _BLOCK.finditer(body):
-        if match["name"] == before:
-            place = match.end()
-    return f"{body[:place].rstrip()}\n\n{block}\n{body[place:].lstrip()}".lstrip()
+    for one in _blocks(body):
+        if one.name == before:
+            place = one.end
+    return f"{body[:place].rstrip(_LINES)}\n\n{block}\n{body[place:].lstrip(_LINES)}".lstrip(_LINES)
 
 
-def _split(text: str) -> tuple[dict[str, Any], str]:
-    """Metadata and body; a front matter that cannot be read counts as none, and is left behind."""
+def _split(text: str) -> tuple[str, str]:
+    """Lines of the front matter, and body; what stands between two rules at the top and has no keys is a text."""
     match = REGEX_YAML_BLOCK.search(text)
-    if match is None:
-        return {}, text
-    try:
-        return files.parse_yaml(Path("README.md"), match.group(2)), text[match.end() :]
-    except ForeignFileError:
-        return {}, text[match.end() :]
+    if match is None or not (_KEY.search(match[2]) or not match[2].strip()):
+        return "", text
+    return match[2], text[match.end() :]
 
 
-def _metadata(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+def _read(lines: str) -> dict[str, Any]:
+    """The metadata.
+
+    Raises:
+        ForeignFileError: if they cannot be read; who wrote them would lose them.
+    """
+    if not lines.strip() or not _KEY.search(lines):
+        return {}
+    return files.parse_yaml(Path(FILE), lines)
+
+
+def _metadata(lines: str, rendered: str, card: str) -> str:
+    """The maker's lines as they stand where they say what is to be said, ours for all else."""
+    theirs, ours = _read(lines), _read(rendered)
     merged = theirs | ours
     for name in STATED:
         if name in theirs:
             merged[name] = theirs[name]
+    if licences.is_filled_in(card, theirs.get("license")):
+        merged["license"] = ours.get("license")
     for name in LISTS:
         both = [*_listed(ours.get(name)), *_listed(theirs.get(name))]
-        if both:
+        if both and name in ours:
             merged[name] = list(dict.fromkeys(both))
-    return to_yaml(ModelCardData(ignore_metadata_errors=True, **merged))
+    kept = _around(lines, theirs, merged)
+    expected = {name: value for name, value in merged.items() if value not in EMPTY}
+    try:
+        same = _read(kept) == expected
+    except ForeignFileError:
+        same = False
+    return kept if same else dumped(merged)  # they stood in braces, or keys over several lines
+
+
+def _around(lines: str, theirs: dict[str, Any], merged: dict[str, Any]) -> str:
+    """The lines with the entries that differ, and those that are new, in place of them."""
+    starts = [*(found.start() for found in _KEY.finditer(lines)), len(lines)]
+    said, new = [lines[: starts[0]]], dict(merged)
+    for name, (begun, ended) in zip(theirs, pairwise(starts), strict=False):
+        value = new.pop(name)
+        same = value == theirs[name] and value not in EMPTY
+        said.append(lines[begun:ended] if same else dumped({name: value}) if value not in EMPTY else "")
+    said.append(dumped(new) if new else "")
+    return "\n".join(part.strip(_LINES) for part in said if part.strip())
 
 
 def _listed(value: Any) -> list[str]:

@@ -38,6 +38,8 @@ QUALITY = {
 }
 SCORES = ("seqeval_f1", "accuracy", "f1_macro", "f1_micro", "spearmanr", "pearsonr", "mean_squared_error")
 """Those of `QUALITY` that need labels and no teacher; the first that was measured is what models are compared by."""
+ERRORS = ("mean_squared_error",)
+"""Those of which less is better."""
 LOYALTY = ("label_loyalty", "probability_loyalty", "kl", "regression_loyalty", "rank_loyalty", "teacher_cosine")
 SIZE = {"parameters": "parameters", "bytes": "size on disk"}
 LATENCY = {"latency_median": "median", "latency_p90": "p90"}

@@ -42,12 +42,27 @@ def _entry(score: Measurement, dataset: str, task: str) -> EvalResultEntry:
 
 
 def write(folder: Path, record: Record) -> None:
-    """Writes the files of a model folder, and takes away earlier ones that hold nothing more."""
+    """Writes the files of a model folder, and takes away earlier ones of ours that hold nothing more.
+
+    What somebody else has written there stays as it is, also under a name that ours would have.
+    """
     wanted = entries(record)
     place = folder / FOLDER
-    for old in place.glob("*.yaml") if place.is_dir() else ():
-        if old.name not in wanted:
+    held = sorted(place.glob("*.yaml")) if place.is_dir() else []
+    theirs = {path.name for path in held if not _is_ours(path)}
+    for old in held:
+        if old.name not in wanted and old.name not in theirs:
             old.unlink()
     for name, each in wanted.items():
-        place.mkdir(exist_ok=True)
-        files.write_text(place / name, yaml.safe_dump(eval_result_entries_to_yaml(each), sort_keys=False))
+        if name not in theirs:
+            place.mkdir(exist_ok=True)
+            text = yaml.safe_dump(eval_result_entries_to_yaml(each), sort_keys=False)
+            files.write_text(place / name, f"{_OURS}\n{text}")
+
+
+_OURS = "# written by hf-compress from compression.json; without this line it is left as it is"
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.readline(len(_OURS) + 2).rstrip() == _OURS.encode()

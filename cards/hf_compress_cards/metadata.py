@@ -24,6 +24,8 @@ METRICS = {
     "pearsonr": ("pearsonr", "Pearson correlation"),
     "mean_squared_error": ("mse", "Mean squared error"),
 }
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""What the hub refuses as a value of the metadata."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
@@ -41,8 +43,13 @@ _Dumper.add_representer(str, _text)
 
 def to_yaml(data: ModelCardData) -> str:
     """The front matter without its marks, one line for each text."""
-    values: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]  # huggingface_hub
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
+    return dumped(data.to_dict())  # type: ignore[no-untyped-call]  # huggingface_hub
+
+
+def dumped(values: dict[Any, Any]) -> str:
+    """Lines of a front matter; empty values are left out, as the hub wants them."""
+    kept = {key: value for key, value in values.items() if value not in EMPTY}
+    return yaml.dump(kept, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
 
 
 def hub_id(name: str | None) -> str | None:

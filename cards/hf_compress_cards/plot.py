@@ -35,8 +35,13 @@ class Mark:
 
 
 def marks(record: Record) -> tuple[figures.Comparable | None, list[Mark]]:
-    """The pairs with a score and a latency at batch 1, under the condition that most of them share."""
+    """The pairs with a score and a latency at batch 1, under the condition that most of them share.
+
+    None for an error, of which less is better: the picture says that up is.
+    """
     metric = figures.main_score(record)
+    if metric in figures.ERRORS:
+        return None, []
     scored = {pair: found for pair in figures.pairs(record) if (found := record.find(metric, *pair))}
     timed: dict[figures.Comparable, dict[tuple[str, str], float]] = {}
     for each in record.measurements:  # a later measurement replaces an earlier one

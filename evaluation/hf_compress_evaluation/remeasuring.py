@@ -95,7 +95,8 @@ def remeasure(
         opened = _open(folder, newest, teacher, device, threads, scoring.AUTO[task.task])
         if opened.candidates:
             scorer.check(opened.candidates)
-        scored, unscored = _scores(opened.candidates, scorer, rows, task, progress)
+        every = task.model_copy(update={"metrics": _metrics(newest, scorer), "slices": False})
+        scored, unscored = _scores(opened.candidates, scorer, rows, every, progress)
         found = {**scored, **_sizes(opened.candidates)}
         timed = _times(opened.candidates, newest, threads, progress)
     lacking = {**opened.lacking, **unscored}
@@ -114,6 +115,12 @@ def _newest(record: facts.Record, scorer: Scorer) -> list[Measurement]:
         timed = tuple(conditions) if m.metric.startswith("latency_") else None
         found[m.subject, m.variant, m.metric, scored, timed] = m
     return list(found.values())
+
+
+def _metrics(newest: Sequence[Measurement], scorer: Scorer) -> tuple[str, ...]:
+    """All of the scorer's, first the one that the recorded retention is of: it is of the first that is asked for."""
+    kept = [str(m.how.get("metric")) for m in newest if m.metric == "retention"]
+    return tuple(dict.fromkeys((*(name for name in kept if name in scorer.metrics), *scorer.metrics)))
 
 
 def _check_rows(newest: Sequence[Measurement], data: Data, scorer: Scorer) -> None:
@@ -174,11 +181,10 @@ def _scores(
             lacking[one.subject, one.variant] = _finding(state="fails", note=f"cannot be measured: {error}")
     teacher = said.get(("teacher", "torch"))
     found: dict[tuple[str, str, str], float] = {}
-    every = task.model_copy(update={"metrics": scorer.metrics, "slices": False})
     for one in candidates:
         if (own := said.get((one.subject, one.variant))) is not None:
             beside = None if one.subject == "teacher" else teacher
-            for m in scorer.measure(one, own, rows, every, teacher=beside):
+            for m in scorer.measure(one, own, rows, task, teacher=beside):
                 found[one.subject, one.variant, m.metric] = m.value
     return found, lacking
 

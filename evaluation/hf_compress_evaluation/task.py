@@ -77,6 +77,8 @@ class Task(BaseModel):
                 raise ValueError(str(UnknownNameError("metric", name, METRICS[self.task])))
         if self.slices and self.task != "text-classification":
             raise ValueError("slices by class and by length are of text-classification")
+        if self.text_pair is not None and COLUMNS[self.task][1] is None:
+            raise ValueError(f"second texts are of sentence-similarity; models of {self.task} would not be given them")
         if self.slices and self.label is None:
             raise ValueError("an accuracy by class and length needs labels, and label is null")
         return self

@@ -153,7 +153,7 @@ def _looked_into(place: places.Place, student: Candidate, given: Given) -> list[
     found += _of_rows(student, tables, place)
     scored = [_score(student, teacher, theirs, names, samples[where], limit, given) for where in samples]
     found += _of_predictions(scored, place)
-    found += _against_alone(place, given, scored, samples.get("test"), limit)
+    found += _against_alone(place, given, names, scored, samples.get("test"), limit)
     if teacher is not None and "training" in samples and place.record.training is not None:
         found.append(_gradients(place, student, teacher, samples["training"], limit))
     return found
@@ -297,7 +297,12 @@ def _temperature(place: places.Place) -> float | None:
 
 
 def _against_alone(
-    place: places.Place, given: Given, scored: list[Scored], test: places.Table | None, limit: int
+    place: places.Place,
+    given: Given,
+    names: Mapping[int, str],
+    scored: list[Scored],
+    test: places.Table | None,
+    limit: int,
 ) -> list[Finding]:
     """Measured here where a baseline was named, or lies in the run and its record does not say."""
     known = place.record.find("accuracy", "alone") is not None
@@ -306,7 +311,12 @@ def _against_alone(
     if source is None or test is None or not rows:
         return []
     alone = torch_candidate("alone", source, "cpu")
-    value = predictions.accuracy(_predict(alone, test, limit, given), test.labels)
+    theirs = {int(index): str(name) for index, name in alone.model.config.id2label.items()}
+    if theirs != names and (order := predictions.teacher_order(names, theirs)) is None:
+        why = f"the baseline has the classes {', '.join(theirs.values())[:80]}, not those of the student"
+        return [not_looked_at(f"{who} against alone", why) for who in ("student", "teacher")]
+    logits = _predict(alone, test, limit, given)
+    value = predictions.accuracy(logits if theirs == names else logits[:, order], test.labels)
     own, where, found = next(each for each in scored if each.where == "test"), "measured here", []
     if own.student is not None:
         found.append(recorded.against_alone(predictions.accuracy(own.student, own.labels), value, rows, where))

@@ -20,7 +20,7 @@ from hf_compress_evaluation.task import Task, describe, read_data
 from ._base import Scorer, check_labels
 
 Logits = list[NDArray[np.float32]]
-"""(word, class) of each sentence; words that are cut off have none."""
+"""(word, class) of each sentence; words that are cut off have no row, those before without a token NaN."""
 Floats = NDArray[np.float64]
 OUTSIDE = "O"
 
@@ -38,7 +38,8 @@ class Tags(Scorer):
     """F1 of whole entities, accuracy of words, and equal tags. Sentences are what is resampled.
 
     A word's tag is that of its first token. A word that is cut off with the end of a long sentence counts as untagged
-    ("O"), so what a short model misses is not left out of its score; agreement is over the words that both saw.
+    ("O"), so what a short model misses is not left out of its score; so does one that the tokenizer makes no token of
+    (a zero-width space). Agreement is over the words that both saw.
     """
 
     metrics = ("seqeval_f1", "accuracy", "seqeval_precision", "seqeval_recall")
@@ -96,8 +97,9 @@ class Tags(Scorer):
             for place, word in enumerate(encoded.word_ids(row)):
                 if word is not None:
                     first.setdefault(word, place)
-            seen = next((word for word in range(len(sentences[row])) if word not in first), len(sentences[row]))
-            found.append(logits[[first[word] for word in range(seen)]])
+            own = np.full((max(first, default=-1) + 1, logits.shape[-1]), np.nan, np.float32)
+            own[list(first)] = logits[list(first.values())]
+            found.append(own)
         return found
 
     def measure(
@@ -128,15 +130,13 @@ class Tags(Scorer):
                 *who, figures[asked[0]], rows.data, metric=asked[0], teacher=theirs, alone=others, seed=seed
             )
         if teacher is not None:
-            seen = [min(len(a), len(b)) for a, b in zip(own, teacher, strict=True)]
+            both = [_seen_by_both(a, b) for a, b in zip(own, teacher, strict=True)]
             for name, compare in (
                 ("label_loyalty", agreement.label_loyalty_rows),
                 ("probability_loyalty", agreement.probability_loyalty_rows),
             ):
-                sums = [
-                    float(compare(a[:n], b[:n]).sum()) if n else 0.0 for a, b, n in zip(own, teacher, seen, strict=True)
-                ]
-                figure = intervals.share(sums, np.array(seen, np.float64))
+                sums = [float(compare(a, b).sum()) if len(a) else 0.0 for a, b in both]
+                figure = intervals.share(sums, [len(a) for a, _ in both])
                 found += quality.measure_figure(*who, name, figure, rows.data, seed=seed, of="words")
         return found
 
@@ -161,7 +161,7 @@ class Counts:
         """Counted as conlleval does: an I- that follows no B- of its type begins an entity."""
         rows = []
         for given, true in zip(logits, labels, strict=True):
-            said = [names[index] for index in given.argmax(-1)] if len(given) else []
+            said = [OUTSIDE if np.isnan(word).any() else names[word.argmax()] for word in given]
             said += [OUTSIDE] * (len(true) - len(said))
             gold = [names[index] for index in true]
             a, b = metrics.entities(said), metrics.entities(gold)
@@ -177,6 +177,15 @@ class Counts:
             "seqeval_recall": intervals.share(self.hits, self.true),
             "accuracy": intervals.share(self.right, self.words),
         }
+
+
+def _seen_by_both(
+    one: NDArray[np.float32], other: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(word, class) of each, of the words that neither lacks."""
+    words = min(len(one), len(other))
+    seen = ~(np.isnan(one[:words]) | np.isnan(other[:words])).any(-1)
+    return one[:words][seen], other[:words][seen]
 
 
 def _lists(values: Sequence[Any], what: str, name: str) -> list[list[Any]]:
