@@ -19,6 +19,7 @@ from .errors import ConfigurationError, ForeignFileError
 from .facts import Record, Training, load, save
 
 CARD = "README.md"
+AS_SAID = "as its maker says"
 PERMISSIVE = frozenset(
     {
         "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "unlicense", "wtfpl", "cc0-1.0",
@@ -45,8 +46,8 @@ def of(folder: Path) -> tuple[str | None, str]:
     """
     record = load(folder)
     config = files.read_json(folder / "config.json") if files.is_file(folder / "config.json") else {}
-    said = identifier(record.licence) or of_card(folder / CARD) or identifier(config.get("license"))
-    return (said, "as its maker says") if said else inherited(record)
+    said = identifier(record.licence) or of_maker(folder / CARD) or identifier(config.get("license"))
+    return (said, AS_SAID) if said else inherited(record)
 
 
 def state(folder: Path, licence: str) -> None:
@@ -118,6 +119,18 @@ def of_source(source: object) -> str | None:
 def of_card(path: Path) -> str | None:
     """The licence in a card's front matter; None without a card, or with one that cannot be read."""
     return identifier(front_matter(path).get("license"))
+
+
+def of_maker(path: Path) -> str | None:
+    """The licence in a card's front matter, unless the card itself says that it followed from teacher and data.
+
+    A generated card that repeats what followed must not be taken for its maker's word when it is written again.
+    """
+    if (licence := of_card(path)) is None:
+        return None
+    text = files.read_text(path)
+    repeated = f"- Licence: {licence} (" in text and f"- Licence: {licence} ({AS_SAID})" not in text
+    return None if repeated else licence
 
 
 def front_matter(path: Path) -> dict[str, Any]:

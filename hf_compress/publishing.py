@@ -195,7 +195,7 @@ class PublishCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._check_licence(trainer, folder)
 
     def _check_licence(self, trainer: Trainer, folder: Path) -> None:
-        if self.licence or licences.of_card(folder / card.FILE):
+        if self.licence or licences.of_maker(folder / card.FILE):
             return
         callbacks = trainer.callback_handler.callbacks
         run = next((callback.run for callback in callbacks if isinstance(callback, DistillCallback)), None)

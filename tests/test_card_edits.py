@@ -89,10 +89,10 @@ def test_a_card_without_generated_parts_is_kept_whole_and_that_of_the_trainer_is
 
 
 def test_metadata_of_a_maker_stays_and_ours_is_renewed() -> None:
-    theirs = "---\nlicense: cc-by-4.0\nlanguage: de\ntags: [mine]\npipeline_tag: fill-mask\nlibrary_name: old\n---\n"
+    theirs = "---\nlicense_name: own\nlanguage: de\ntags: [mine]\npipeline_tag: fill-mask\nlibrary_name: old\n---\n"
     ours = "---\nlicense: mit\nlibrary_name: transformers\ntags: [ours]\nmetrics: [f1]\n---\n"
     merged = ModelCard(editing.merge(theirs + block("one", "1"), ours + block("one", "2"))).data
-    assert (merged.license, merged.library_name, merged.pipeline_tag) == ("cc-by-4.0", "transformers", "fill-mask")
+    assert (merged.license_name, merged.library_name, merged.pipeline_tag) == ("own", "transformers", "fill-mask")
     assert merged.tags == ["ours", "mine"]
     assert merged.language == ["de"]
     assert merged.metrics == ["f1"]
@@ -157,6 +157,47 @@ def test_what_the_maker_says_comes_first(tmp_path: Path) -> None:
     assert licences.of(student)[0] == "apache-2.0"
     with pytest.raises(ConfigurationError, match="no identifier"):
         licences.state(student, "see LICENSE!")
+
+
+def licence_told(student: Path) -> tuple[str | None, str]:
+    """In the metadata, and in the text, of a card that is written once more."""
+    text = card.write(student).read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith(("- Licence", "- The licence")))
+    return ModelCard(text).data.get("license"), line
+
+
+def test_a_card_does_not_bind_itself(tmp_path: Path) -> None:
+    """The licence that it repeats is not taken for its maker's word when it is written again."""
+    student = folder_of(tmp_path / "student", Record(training=trained()))
+    followed = ("mit", "- Licence: mit (mit of the teacher me/big, mit of the data 'rows').")
+    assert [licence_told(student), licence_told(student)] == [followed, followed]
+    facts.save(student, Record(training=trained(teacher="cc-by-nc-4.0")))
+    licence, line = licence_told(student)
+    assert licence == "cc-by-nc-4.0"
+    assert "cc-by-nc-4.0 of the teacher" in line
+    facts.save(student, Record(training=trained(teacher=None)))
+    assert licence_told(student)[0] is None
+    assert licences.of_maker(student / "README.md") is None
+
+
+@pytest.mark.parametrize("before", [None, "mit", "cc-by-4.0"])
+def test_a_licence_that_is_stated_reaches_the_metadata(tmp_path: Path, before: str | None) -> None:
+    student = folder_of(tmp_path / "student", Record(training=trained()))
+    if before:
+        (student / "README.md").write_text(f"---\nlicense: {before}\n---\n")
+    card.write(student)
+    licences.state(student, "apache-2.0")
+    assert licence_told(student) == ("apache-2.0", "- Licence: apache-2.0 (as its maker says).")
+
+
+def test_the_licence_of_a_makers_card_stays_as_the_hub_spells_it(tmp_path: Path) -> None:
+    student = folder_of(tmp_path / "student", Record(training=trained(teacher="gemma")))
+    (student / "README.md").write_text("---\nlicense: MIT\n---\n# Mine\n")
+    for _ in range(2):
+        assert licence_told(student) == ("mit", "- Licence: mit (as its maker says).")
+    edited = (student / "README.md").read_text().replace("license: mit", "license: cc-by-4.0")
+    (student / "README.md").write_text(edited)
+    assert licence_told(student) == ("cc-by-4.0", "- Licence: cc-by-4.0 (as its maker says).")
 
 
 def test_the_licence_of_a_teacher_is_read_from_its_card(tmp_path: Path) -> None:

@@ -25,8 +25,10 @@ _OTHERS = ("generated from Trainer", "generated automatically according to the i
 """What the Trainer's own card says of itself: nobody has written that one."""
 LISTS = ("tags", "datasets", "language", "metrics")
 """Metadata to which a maker may add."""
-STATED = ("license", "license_name", "license_link", "pipeline_tag")
+STATED = ("license_name", "license_link", "pipeline_tag")
 """Metadata that a maker's word decides."""
+DECIDED = ("license",)
+"""Metadata for which the existing card has been read before this one was rendered; `licences.of` says which counts."""
 
 
 def begin(name: str) -> Safe:
@@ -96,7 +98,7 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _metadata(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    merged = theirs | ours
+    merged = {name: value for name, value in theirs.items() if name not in DECIDED} | ours
     for name in STATED:
         if name in theirs:
             merged[name] = theirs[name]
