@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from card_values import STUDENTS as REPOSITORIES
 from datasets import Dataset
 from hf_compress_cards import card
 from hf_compress_evaluation.folder import Timing, evaluate_folder
@@ -75,6 +76,7 @@ def main(work: Path, folders: Iterable[Path]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("hf_compress").setLevel(logging.ERROR)  # what a small model's int8 loses is not the matter here
+    assert (*STUDENTS,) == REPOSITORIES
     given = [shutil.copytree(folder, work / folder.resolve().name) for folder in folders]
     made = given or [make(name, work) for name in STUDENTS]
     print(json.dumps([publish(folder) for folder in made]))

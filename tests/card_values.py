@@ -36,6 +36,8 @@ WITHOUT = frozenset({"calibration_error", "kl"})
 """Scores that a task may ask for and the hub has no metric for."""
 TASKS = {"text-regression": "text-classification"}
 """The hub's name of a task, where the record has another."""
+STUDENTS = ("small-sentiment", "small-tagger", "small-embedder", "small-writer", "small-watcher")
+"""Repositories of `ci/cards`; `card_students.py`, which takes seconds to import, makes them."""
 MARKS = {"distillation", "hf_compress"}
 Found = dict[str, Any]
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from card_blocks import BARE, OPTIMUM, WHEEL, blocks, write_inputs
-from card_students import STUDENTS
-from card_values import METRICS, WITHOUT, Copy, compared
+from card_values import METRICS, STUDENTS, WITHOUT, Copy, compared
 from hf_compress_cards import card, serving
 from hf_compress_evaluation import task
 from hub.store import card_errors

@@ -172,7 +172,7 @@ def test_without_what_the_escaping_lets_through_no_text_is_left(t: dict[str, str
 
 
 def test_safe_texts_are_made_in_three_places() -> None:
-    """By the functions that escape, of the front matter that a YAML writer made, and around the template's own parts."""
+    """By the functions that escape, of the front matter that a YAML writer made, and around parts of the template."""
     found = set()
     for path in Path(hf_compress_cards.__file__).parent.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
