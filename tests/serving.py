@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import card_blocks
 import numpy as np
 import torch
 from hf_compress_cards import render
@@ -81,8 +82,8 @@ def kind_of(name: str) -> str:
 
 def program(card: str) -> str:
     """The code of a card that needs no torch."""
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", card, re.S) if "InferenceSession" in block)
-    return str(code)
+    (code,) = (code for code, _ in card_blocks.python(card) if "InferenceSession" in code)
+    return code
 
 
 def by_label(student: Path, found: list[dict[str, Any]]) -> list[float]:

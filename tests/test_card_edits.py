@@ -340,6 +340,47 @@ def test_the_record_tells_where_a_student_was_loaded_from_and_its_earlier_traini
     assert provenance.earlier_stages(model) == ()
 
 
+def licence_told(student: Path) -> tuple[str | None, str]:
+    """In the metadata, and in the text, of a card that is written once more."""
+    text = card.write(student).read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith(("- Licence", "- The licence")))
+    return ModelCard(text).data.get("license"), line
+
+
+def test_a_card_does_not_bind_itself(tmp_path: Path) -> None:
+    """The licence that it repeats is not taken for its maker's word when it is written again."""
+    student = folder_of(tmp_path / "student", Record(training=trained()))
+    followed = ("mit", "- Licence: mit (mit of the teacher me/big, mit of the data 'rows').")
+    assert [licence_told(student), licence_told(student)] == [followed, followed]
+    facts.save(student, Record(training=trained(teacher="cc-by-nc-4.0")))
+    licence, line = licence_told(student)
+    assert licence == "cc-by-nc-4.0"
+    assert "cc-by-nc-4.0 of the teacher" in line
+    facts.save(student, Record(training=trained(teacher=None)))
+    assert licence_told(student)[0] is None
+    assert licences.said_in(student / "README.md") is None
+
+
+@pytest.mark.parametrize("before", [None, "mit", "cc-by-4.0"])
+def test_a_licence_that_is_stated_reaches_the_metadata(tmp_path: Path, before: str | None) -> None:
+    student = folder_of(tmp_path / "student", Record(training=trained()))
+    if before:
+        (student / "README.md").write_text(f"---\nlicense: {before}\n---\n")
+    card.write(student)
+    licences.state(student, "apache-2.0")
+    assert licence_told(student) == ("apache-2.0", "- Licence: apache-2.0 (as its maker says).")
+
+
+def test_the_licence_of_a_makers_card_stays_as_the_hub_spells_it(tmp_path: Path) -> None:
+    student = folder_of(tmp_path / "student", Record(training=trained(teacher="gemma")))
+    (student / "README.md").write_text("---\nlicense: MIT\n---\n# Mine\n")
+    for _ in range(2):
+        assert licence_told(student) == ("mit", "- Licence: mit (as its maker says).")
+    edited = (student / "README.md").read_text().replace("license: mit", "license: cc-by-4.0")
+    (student / "README.md").write_text(edited)
+    assert licence_told(student) == ("cc-by-4.0", "- Licence: cc-by-4.0 (as its maker says).")
+
+
 def test_the_licence_of_a_teacher_is_read_from_its_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: MIT\n---\n# big\n")
     assert licences.of_source(tmp_path) == "mit"

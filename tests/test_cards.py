@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import card_blocks
 import numpy as np
 import pytest
 import torch
@@ -487,7 +488,7 @@ def test_a_name_in_the_usage_code_stays_a_name(value: str) -> None:
 
 
 def blocks(card: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", card, re.S)
+    return [code for code, _ in card_blocks.python(card)]
 
 
 @pytest.fixture(scope="module")

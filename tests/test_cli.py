@@ -483,7 +483,8 @@ def test_a_cache_is_filled_once_and_says_its_size(command: Callable[..., Said], 
     assert found["examples"] == ROWS["train"]
     assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
     assert json.loads(again.out) == found
-    assert command(*arguments, "--text", "txet").error.startswith("error: There is no column in train.csv (which has text, label) 'txet'. Did you")
+    error = command(*arguments, "--text", "txet").error
+    assert error.startswith("error: There is no column in train.csv (which has text, label) 'txet'. Did you")
     assert "other targets" in command(*arguments, "--top-k", 3).error
     assert "asked for is" in command(*arguments, "--top-k", 3).error
 

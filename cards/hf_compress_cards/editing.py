@@ -142,6 +142,7 @@ def _metadata(lines: str, rendered: str, card: str) -> str:
             merged[name] = theirs[name]
     if licences.is_filled_in(card, theirs.get("license")):
         merged["license"] = ours.get("license")
+    merged["license"] = licences.identifier(merged.get("license")) or merged.get("license")  # the hub refuses capitals
     for name in LISTS:
         both = [*_listed(ours.get(name)), *_listed(theirs.get(name))]
         if both and name in ours:

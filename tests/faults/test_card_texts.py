@@ -20,7 +20,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import nodes
 from markdown_it import MarkdownIt
-from test_cards import check_markdown, made, training
+from test_cards import MARK, check_markdown, made, training
 
 from hf_compress import outgoing
 from hf_compress.facts import Data, Measurement, Method, Model, Record
@@ -99,7 +99,7 @@ def test_a_card_gives_back_what_it_was_made_from(t: dict[str, str], licence: str
 
     blocks = REGEX_YAML_BLOCK.match(written)
     assert blocks is not None
-    body = written[blocks.end() :]
+    body = MARK.sub("", written[blocks.end() :])
     assert REGEX_YAML_BLOCK.search(body) is None
     assert not re.search(r"(?m)^---\s*$", body)
     assert not re.search(r"<[A-Za-z/!?]", body)
@@ -171,8 +171,8 @@ def test_without_what_the_escaping_lets_through_no_text_is_left(t: dict[str, str
     assert left[0] == left[1]
 
 
-def test_safe_texts_are_made_in_two_places() -> None:
-    """By the functions that escape, and of the front matter that a YAML writer made."""
+def test_safe_texts_are_made_in_three_places() -> None:
+    """By the functions that escape, of the front matter that a YAML writer made, and around parts of the template."""
     found = set()
     for path in Path(hf_compress_cards.__file__).parent.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -182,17 +182,22 @@ def test_safe_texts_are_made_in_two_places() -> None:
                     ast.unparse(call) for call in calls if isinstance(call.func, ast.Name) and call.func.id == "Safe"
                 ]
                 found |= {f"{path.stem}.{function.name}: {call}" for call in made}
-    assert {line.partition(":")[0] for line in found} == {"text.fence", "text.table", "card._context"}
+    assert {line.partition(":")[0] for line in found} == {
+        "text.fence", "text.table", "card._context", "editing.begin", "editing.end",
+    }  # fmt: skip
     in_context = {line.partition(": ")[2] for line in found if line.startswith("card.")}
     assert in_context == {
-        "Safe(to_yaml(metadata(record, name=name, tag=tag, licence=config.get('license'))))",
+        "Safe(to_yaml(metadata(record, name=name, tag=tag, licence=licence)))",
         "Safe(PLOT)",
     }
+    parts = [found for found in template().find_all(nodes.Call) if getattr(found.node, "name", "") in ("begin", "end")]
+    assert len(parts) == 12
+    assert all(isinstance(each.args[0], nodes.Const) for each in parts)  # no text of a record
     assert "escape" in inspect.getsource(text.table)
 
 
 @pytest.mark.parametrize("name", ["- a", "+ a", "# h", "## h ##", "1. a", "12) a", "> a", "-", "a #"])
 def test_a_name_at_the_start_of_a_line_is_no_list_and_no_heading(tmp_path: Path, name: str) -> None:
-    body = card.render(made(tmp_path / "student", None), repo_id=f"me/{name}").split("---\n", 2)[2]
+    body = MARK.sub("", card.render(made(tmp_path / "student", None), repo_id=f"me/{name}").split("---\n", 2)[2])
     check_markdown(body)
     assert f"{name} {name} is a BertForSequenceClassification" in shown(body)

@@ -26,6 +26,20 @@ class RefusedError(Exception):
         self.body = {"error": message} if body is None else body
 
 
+_LICENCES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+    other
+"""
+LICENCES = frozenset(_LICENCES.split())
+"""What the hub takes as `license`; it refuses any other text, in upper case too."""
+
 KINDS = {
     "whoami": "GET /api/whoami",
     "create_repo": "POST /api/repos/create",
@@ -224,14 +238,43 @@ def card_errors(text: str) -> list[str]:
         for k in ("tags", "datasets", "base_model", "language", "metrics")
         if k in data and not isinstance(data[k], str) and not _texts(data[k])
     ]
-    for model in data.get("model-index") or []:
-        if not isinstance(model, dict) or not isinstance(model.get("name"), str):
-            errors.append('"model-index[0].name" is required')
-            continue
-        for result in model.get("results") or []:
-            dataset = result.get("dataset") or {}
-            if not result.get("task", {}).get("type") or not dataset.get("type") or not result.get("metrics"):
-                errors.append('"model-index[0].results" need task, dataset and metrics')
-            if not isinstance(dataset.get("config", ""), str):
-                errors.append('"model-index[0].results[0].dataset.config" must be a string')
+    if isinstance(licence := data.get("license", "other"), str) and licence not in LICENCES:
+        errors.append(f'"license" must be one of the hub\'s identifiers, not {licence!r}')
+    if (relation := data.get("base_model_relation")) not in (None, "adapter", "finetune", "merge", "quantized"):
+        errors.append(f'"base_model_relation" is {relation!r}')
+    for key in ("base_model", "datasets"):
+        for name in [data[key]] if isinstance(data.get(key), str) else data.get(key) or []:
+            if isinstance(name, str) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII):
+                errors.append(f'"{key}" with value {name!r} is not valid. Use an id of the hub')
+    for place, model in enumerate(data.get("model-index") or []):
+        errors += _index_errors(f"model-index[{place}]", model)
+    return errors
+
+
+def _index_errors(where: str, model: Any) -> list[str]:
+    """By the hub's page on the metadata of cards: what it calls required, and texts where it has texts."""
+    if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+        return [f'"{where}.name" is required']
+    if not isinstance(model.get("results"), list):
+        return [f'"{where}.results" is required']
+    errors = []
+    for number, result in enumerate(model["results"]):
+        here, result = f"{where}.results[{number}]", result if isinstance(result, dict) else {}
+        task, dataset = (result.get(key) or {} for key in ("task", "dataset"))
+        wanted = {
+            "task.type": task.get("type"),
+            "dataset.type": dataset.get("type"),
+            "dataset.name": dataset.get("name"),
+        }
+        errors += [f'"{here}.{key}" is required' for key, value in wanted.items() if not isinstance(value, str)]
+        for key in ("config", "split", "revision"):
+            if not isinstance(dataset.get(key, ""), str):
+                errors.append(f'"{here}.dataset.{key}" must be a string')
+        if not result.get("metrics"):
+            errors.append(f'"{here}.metrics" is required')
+        for at, metric in enumerate(result.get("metrics") or []):
+            if not isinstance(metric.get("type"), str) or metric.get("value") is None:
+                errors.append(f'"{here}.metrics[{at}]" needs type and value')
+            if not isinstance(metric.get("name", ""), str):
+                errors.append(f'"{here}.metrics[{at}].name" must be a string')
     return errors

@@ -6,8 +6,10 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     BadRequestError,
@@ -19,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from .server import Fault, Hub
+from .store import card_errors
 
 CARD = "---\nlicense: mit\ntags:\n- distillation\n---\n# A model\n"
 
@@ -140,9 +143,39 @@ def test_from_pretrained_and_cards_work_in_a_child_that_knows_only_this_hub(
     assert client(code, token=None).split() == ["mit", ".gitattributes", "README.md"]
 
 
+def index(**changes: Any) -> str:
+    """A model-index of one result as YAML; whole if `changes` gives it metrics."""
+    result = {"task": {"type": "text-classification"}, "dataset": {"type": "a/b", "name": "A"}} | changes
+    return yaml.safe_dump({"model-index": [{"name": "small", "results": [result]}]})
+
+
+def test_whole_metadata_of_a_card_are_taken() -> None:
+    more = "license: mit\nbase_model: [a/b, c]\nbase_model_relation: finetune\n"
+    assert card_errors(f"---\n{more}{index(metrics=[{'type': 'f1', 'value': 0.0}])}---\n") == []
+
+
 @pytest.mark.parametrize(
     "metadata",
-    ["tags: [", "- a list", "license: null", "datasets:\n- null", "tags:\n- 1", "model-index:\n- results: []"],
+    [
+        "tags: [",
+        "- a list",
+        "license: null",
+        "datasets:\n- null",
+        "tags:\n- 1",
+        "model-index:\n- results: []",
+        "license: MIT",
+        "license: mine-1.0",
+        "base_model: a b",
+        "base_model_relation: distilled",
+        "model-index:\n- name: a",
+        index(),
+        index(metrics=[{"type": "f1"}]),
+        index(metrics=[{"value": 1.0}]),
+        index(metrics=[{"type": "f1", "value": 0.5, "name": 1}]),
+        index(metrics=[{"type": "f1", "value": 0.5}], dataset={"type": "a", "split": "test"}),
+        index(metrics=[{"type": "f1", "value": 0.5}], dataset={"type": "a", "name": "A", "config": 1}),
+        index(metrics=[{"type": "f1", "value": 0.5}], task={"name": "a"}),
+    ],
 )
 def test_bad_metadata_of_a_card_is_refused(hub: Hub, api: HfApi, repo: str, metadata: str) -> None:
     card = f"---\n{metadata}\n---\n# A model\n".encode()
