@@ -111,7 +111,7 @@ def _context(
         "settings": settings,
         "quality": _results(record, drawn[1] if drawn else None),
         "condition": plot.told(drawn[1]) if drawn else None,
-        "plot": svg.inline(drawn[0], name="Accuracy against latency", salt="plot") if drawn else None,
+        "plot": svg.inline(drawn[0], name="Quality against latency", salt="plot") if drawn else None,
         "speed": figures.speed_cells(record),
         "other": figures.other_cells(record),
         "derived": figures.derived(record),
