@@ -25,35 +25,29 @@ def seconds(part: str, threads: int) -> bench.Figures:
 TOY = bench.Bench(setting="Nothing.", parts=("one", "two"), run=seconds, ratios=ratios, bars={"two / one": (2.5, 2.0)})
 
 
-def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "get", lambda name: TOY)
-    output, said = tmp_path / "results" / "bench.json", list[str]()
-    output.parent.mkdir()
-    output.write_text('{"zzz": {"ratios": {}, "bars": {}, "spread": {}}}')
-    row = bench.measure("toy", output, rounds=1, threads=3, progress=said.append)
-    assert row["ratios"] == {"two / one": 3.0}
-    assert row["figures"] == {"one": {"seconds": 3.0}, "two": {"seconds": 9.0}}
-    assert said == ["toy: round 1 of 1, one", "toy: round 1 of 1, two"]
-    assert list(json.loads(output.read_text())) == ["toy", "zzz"]
-    assert bench.table({"toy": row})[1] == ["toy", "two / one", "3", "3 … 3", "≤ 2.5", "2"]
-    assert "| toy | two / one | 3 |" in bench.markdown({"toy": row})
-
-
 def write(folder: Path) -> None:
     (folder / "seconds").write_text("5")
 
 
 def read(part: str, threads: int, folder: Path) -> bench.Figures:
-    return {"seconds": float((folder / "seconds").read_text()) + threads}
+    return {"seconds": {"one": 1.0, "two": 3.0}[part] * (float((folder / "seconds").read_text()) + threads)}
 
 
-def test_what_the_parts_share_is_prepared_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of what its parts share, which is prepared once, at the bench's own number of threads."""
     toy, said = replace(TOY, prepare=write, run=read, threads=1), list[str]()
     monkeypatch.setattr(bench, "get", lambda name: toy)
-    row = bench.measure("toy", tmp_path / "bench.json", rounds=2, threads=3, progress=said.append)
-    assert row["figures"]["two"] == {"seconds": 6.0}
+    output = tmp_path / "results" / "bench.json"
+    output.parent.mkdir()
+    output.write_text('{"zzz": {"ratios": {}, "bars": {}, "spread": {}}}')
+    row = bench.measure("toy", output, rounds=1, threads=3, progress=said.append)
+    assert row["ratios"] == {"two / one": 3.0}
+    assert row["figures"] == {"one": {"seconds": 6.0}, "two": {"seconds": 18.0}}
     assert row["threads"] == 1
-    assert said.count("toy: prepare") == 1
+    assert said == ["toy: prepare", "toy: round 1 of 1, one", "toy: round 1 of 1, two"]
+    assert list(json.loads(output.read_text())) == ["toy", "zzz"]
+    assert bench.table({"toy": row})[1] == ["toy", "two / one", "3", "3 … 3", "≤ 2.5", "2"]
+    assert "| toy | two / one | 3 |" in bench.markdown({"toy": row})
 
 
 def test_without_optimum_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
