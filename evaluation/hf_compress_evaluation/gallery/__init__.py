@@ -309,7 +309,8 @@ def _line(name: str, command: str, record: facts.Record) -> str:
         for who in (("teacher", "torch"), (untaught, "torch"), ("student", "torch"), ("student", "onnx_int8"))
     ]
     changes = [
-        f"{figures.show(record.find(key, 'teacher', 'torch', **how))} → {figures.show(record.find(key, 'student', variant, **how))}"
+        f"{figures.show(record.find(key, 'teacher', 'torch', **how))} → "
+        f"{figures.show(record.find(key, 'student', variant, **how))}"
         for key, variant, how in (
             ("parameters", "torch", {}),
             ("bytes", "onnx_int8", {}),
