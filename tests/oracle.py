@@ -62,6 +62,7 @@ INPUTS = {
     "krr_st": ("net.*", "x_*", "y_*"),
     "loyalty": ("student_probs", "teacher_probs"),
     "stochastok": ("ids",),
+    "sinkd": ("*_logits",),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""
 
