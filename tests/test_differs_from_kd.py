@@ -32,6 +32,11 @@ STATED: dict[str, tuple[str, float, str]] = {
         0.5994,
         "the ranking of all classes in place of soft labels and the task's own loss",
     ),
+    "topkld": (
+        "text-generation",
+        1.0040,
+        "fifty classes at T = 1, the other ten reversed, without the task's own loss",
+    ),
     "minilm": ("fill-mask", 0.6703, "relations of queries, keys and values, beside the task's own loss"),
     "ernie_tiny": ("text-classification", 0.5106, "the last states and attentions, beside the task's own loss"),
     "multi_exit": ("text-classification", 0.5250, "the labels after inner layers, without a teacher"),
