@@ -27,6 +27,8 @@ from hf_compress.testing import Case, weights_hash
 
 CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.cases()]
 LANGUAGE = ("fill-mask", "text-generation")
+JUMPING = {"sinkd"}
+"""Methods whose gradient jumps where two probabilities change order: a teacher that is rounded moves it further."""
 RANDOM = {"acm"}
 """Whose student draws in its own forward."""
 PREPARES = {name for name, found in PREPARED.items() if "prepare" in found}
@@ -368,7 +370,8 @@ def tuples(case: Case, folder: Path) -> None:
 def from_disk(case: Case, folder: Path) -> None:
     stored = folder / "cache"
     first = run(case, folder, max_steps=2, learning_rate=0.0, wrap=lambda teacher: cache.CacheTeacher(stored, teacher))
-    assert_same(first, run(case, folder, max_steps=2, learning_rate=0.0), tolerance=1e-3)  # float16 on disk
+    tolerance = 2e-2 if case.method in JUMPING else 1e-3  # float16 on disk
+    assert_same(first, run(case, folder, max_steps=2, learning_rate=0.0), tolerance=tolerance)
     run(case, folder, wrap=lambda _: cache.CacheTeacher(stored))
 
 

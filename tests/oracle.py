@@ -62,6 +62,8 @@ INPUTS = {
     "krr_st": ("net.*", "x_*", "y_*"),
     "loyalty": ("student_probs", "teacher_probs"),
     "stochastok": ("ids",),
+    "sinkd": ("*_logits",),
+    "pld": ("*_logits", "labels"),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""
 

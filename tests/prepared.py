@@ -50,6 +50,7 @@ SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 
 PREPARED: Mapping[str, Mapping[str, Any]] = {
     "ddk": {"prepare": in_domains, "settings": {"K": 1}},
     "acm": {"student": acm, "elsewhere": frozenset({"cumulated", "gate_labels"})},
+    "topkld": {"elsewhere": frozenset({"matrices", "quantize", "dequantize"})},
     "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
     "dmae": {"elsewhere": frozenset({"grid_positions"})},
     "dparallel": {

@@ -26,6 +26,17 @@ STATED: dict[str, tuple[str, float, str]] = {
     "taid": ("text-generation", 0.9579, "towards a target between both models, and no loss of the task's own"),
     "adaspec": ("text-generation", 1.0032, "the four tenths of the tokens with the largest lead of the reference"),
     "ddk": ("text-generation", 0.2739, "temperature 10 of the authors, on rows drawn by domain"),
+    "sinkd": ("text-classification", 0.7873, "soft labels without T², the batch's transport, a tenth of the labels"),
+    "pld": (
+        "text-classification",
+        0.5994,
+        "the ranking of all classes in place of soft labels and the task's own loss",
+    ),
+    "topkld": (
+        "text-generation",
+        1.0040,
+        "fifty classes at T = 1, the other ten reversed, without the task's own loss",
+    ),
     "minilm": ("fill-mask", 0.6703, "relations of queries, keys and values, beside the task's own loss"),
     "ernie_tiny": ("text-classification", 0.5106, "the last states and attentions, beside the task's own loss"),
     "multi_exit": ("text-classification", 0.5250, "the labels after inner layers, without a teacher"),
