@@ -23,7 +23,7 @@ from hf_compress_cards import card
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from hf_compress import DistillCallback, cli, facts, hub, shrink
+from hf_compress import DistillCallback, cli, facts, hub, licences, shrink
 from hf_compress.onnx import export_onnx
 from hf_compress.recipe import Recipe, validated
 
@@ -58,6 +58,7 @@ def compress() -> None:
     run.processing_class.save_pretrained(STUDENT)
     print("the arguments:", run.args)
     export_onnx(STUDENT)
+    licences.state(STUDENT, "mit")
     card.write(STUDENT, repo_id="me/small")
     print(hub.push(STUDENT, "me/small").describe())
 

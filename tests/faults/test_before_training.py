@@ -51,7 +51,7 @@ def work(
     config = AutoConfig.from_pretrained(folder / "big")
     monkeypatch.setattr(ship.Work, "_teacher_config", property(lambda self: config))
     data = {k: str(folder / v) if str(v).endswith(".csv") else v for k, v in values["data"].items()}
-    known = values | {"data": data, "teacher": str(folder / "big"), "output": str(tmp_path / "made")}
+    known = values | {"data": data, "teacher": str(folder / "big"), "output": str(tmp_path / "made"), "licence": "mit"}
     return lambda **changes: ship.Work(validated(Recipe, known | changes, "recipe"), lambda line: None, False)
 
 
