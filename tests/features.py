@@ -473,7 +473,11 @@ RULES = (
         lambda case: case.pictures or case.task == "text-generation",
         "'tuple' object has no attribute 'last_hidden_state'",
     ),
-    Rule("teacher from a cache on disk", of("dparallel", "gkd", "dmae"), "a method of this run changes the batch"),
+    Rule(
+        "teacher from a cache on disk",
+        of("dparallel", "gkd", "dmae", "aligndistil"),
+        "a method of this run changes the batch",
+    ),
     Rule("teacher from a cache on disk", of("ernie_tiny", "minilm"), "cannot be cached, as it does not follow the"),
     Rule(
         "teacher from a cache on disk",
