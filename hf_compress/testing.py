@@ -61,7 +61,7 @@ from .objective import Inputs, Objective, Signals
 from .parts import SIGNATURES
 from .run import DistillConfig, Run
 from .stepping import make_step
-from .taps import Taps, watching
+from .taps import Taps, unwrap, watching
 
 VOCAB, CLASSES, PAD, IMAGE = 60, 5, 0, 8
 LENGTHS = (3, 12, 5, 9)
@@ -137,6 +137,11 @@ def pair(case: Case, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMode
             torch.manual_seed(0)
             student = case.student(student).to(dtype)
     return student, teacher
+
+
+def _sizes(case: Case) -> list[o.Sizes]:
+    """Of the case's pair, as a run tells them: a student with adapters by the model inside."""
+    return [o.sizes(unwrap(model)) for model in pair(case)]
 
 
 def _model(task: str, *, width: int, layers: int, seed: int) -> PreTrainedModel:
@@ -303,7 +308,7 @@ def frozen(case: Case, method: Any, dtype: torch.dtype = torch.float32) -> dict[
     """A model of the student's size for each role that the method asks for."""
     if not isinstance(method, Objective):
         return {}
-    roles = method.needs(*(o.sizes(model) for model in pair(case))).frozen
+    roles = method.needs(*_sizes(case)).frozen
     return {role: _model(case.task, width=48, layers=2, seed=2 + place).to(dtype) for place, role in enumerate(roles)}
 
 
@@ -328,7 +333,8 @@ def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None =
     known = inspect.signature(student.forward).parameters
     own = {name: value for name, value in inputs.items() if name not in needs.columns and name in known}
     other = {name: value for name, value in case.objective().teacher_batch(inputs, step).items() if name in own}
-    read = ((student, needs.student, own), (teacher, theirs, other), *((m, theirs, own) for m in further.values()))
+    beside = theirs or frozenset({"logits"})  # as in a run
+    read = ((student, needs.student, own), (teacher, theirs, other), *((m, beside, own) for m in further.values()))
     for model, names, given in read:
         taps = Taps(model, names, o.sizes(model).layers)
         with torch.no_grad(), watching(taps):
@@ -450,7 +456,7 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
         keeper = _Keeper()
         settings: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         made, _ = trainer(case, folder, dtype=torch.float64, callbacks=(keeper,), **settings)
-        needs = case.objective().needs(*(o.sizes(model) for model in pair(case)))
+        needs = case.objective().needs(*_sizes(case))
         if needs.mean_over == "batch" or needs.relates_positions:
             return  # relates what is in a batch: accumulation changes its meaning, as its page says
         with one_generator():
@@ -467,7 +473,7 @@ def check_accumulation_gives_the_same_gradient(case: Case, folder: Path) -> None
 def check_logits_in_chunks_give_the_same_gradient(case: Case, folder: Path) -> None:
     """Logits three positions at a time: gradients and logs are those of whole logits (float64, two micro-batches)."""
     method = case.objective()
-    needs = method.needs(*(o.sizes(model) for model in pair(case)))
+    needs = method.needs(*_sizes(case))
     whole = method.overrides("forward") and "logits" in needs.student
     if case.task not in ("fill-mask", "text-generation") or whole or not method.overrides("per_position"):
         return
@@ -493,7 +499,7 @@ def check_nan_outside_what_is_scored_changes_nothing(case: Case, folder: Path) -
     """NaN in logits that are not scored and in states of padding: same value, same gradients, none of them NaN."""
     clean = signals(case)
     total, gradients = value(case, clean)
-    own_ids = not case.objective().needs(*(o.sizes(model) for model in pair(case))).same_tokens
+    own_ids = not case.objective().needs(*_sizes(case)).same_tokens
     spoilt = dataclasses.replace(
         clean,
         student={name: _spoil(clean, name, tensor, own_ids).requires_grad_() for name, tensor in clean.student.items()},
@@ -599,7 +605,7 @@ def check_config_survives_json(case: Case, folder: Path) -> None:
 
 def check_a_nan_stops_the_run(case: Case, folder: Path) -> None:
     """NaN in the teacher's weights: an error with step and method before any weight of the student changes."""
-    if case.objective().needs(*(o.sizes(model) for model in pair(case))).teacher is None:
+    if case.objective().needs(*_sizes(case)).teacher is None:
         return
     made, teacher = trainer(case, folder)
     for parameter in teacher.parameters():

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from hf_compress import DistillCallback, testing
 from hf_compress import objective as o
 from hf_compress.objective import Needs
+from hf_compress.taps import unwrap
 from hf_compress.teachers import cache, ensemble, own
 from hf_compress.testing import Case, weights_hash
 
@@ -65,7 +66,7 @@ def run(case: Case, folder: Path, *callbacks: TrainerCallback, **settings: Any) 
 
 
 def needs(case: Case) -> Needs:
-    return case.objective().needs(*(o.sizes(model) for model in testing.pair(case)))
+    return case.objective().needs(*(o.sizes(unwrap(model)) for model in testing.pair(case)))
 
 
 def method_of(found: Outcome) -> str:
@@ -370,7 +371,7 @@ def tuples(case: Case, folder: Path) -> None:
 def from_disk(case: Case, folder: Path) -> None:
     stored = folder / "cache"
     first = run(case, folder, max_steps=2, learning_rate=0.0, wrap=lambda teacher: cache.CacheTeacher(stored, teacher))
-    tolerance = 2e-2 if case.method in JUMPING else 1e-3  # float16 on disk
+    tolerance = 2e-2 if case.method in JUMPING else 2e-3  # float16 on disk
     assert_same(first, run(case, folder, max_steps=2, learning_rate=0.0), tolerance=tolerance)
     run(case, folder, wrap=lambda _: cache.CacheTeacher(stored))
 
@@ -457,24 +458,29 @@ RULES = (
     Rule("label smoothing", everywhere, "label_smoothing_factor makes the Trainer compute its own loss"),
     Rule("compute_loss_func", everywhere, "compute_loss_func replaces the model's loss"),
     Rule("a subclass's own compute_loss", everywhere, "the Trainer did not use the loss with the distillation terms"),
-    Rule("gradient checkpointing, reentrant", of("acm", "ernie_tiny", "minilm"), "carry no gradient"),
+    Rule("gradient checkpointing, reentrant", of("acm", "ernie_tiny", "minilm", "sstoken"), "carry no gradient"),
     Rule("LoRA student", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
     Rule("LoRA student", of("acm"), "'output:vit.layers.0.attention.v_proj.route'] carry no gradient"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
-    Rule("padding left", of("dparallel", "alm"), OWN_COLLATOR, refused=False),
+    Rule("padding left", of("dparallel", "alm", "swing"), OWN_COLLATOR, refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
-    Rule("packed sequences", of("alm"), OWN_COLLATOR, refused=False),
-    Rule("packed sequences", of("minilm"), "takes a row of the batch for one document"),
+    Rule("packed sequences", of("alm", "swing"), OWN_COLLATOR, refused=False),
+    Rule("packed sequences", of("minilm", "sstoken"), "takes a row of the batch for one document"),
     Rule("data without labels", lambda case: not case.labelled, "its rows have none", refused=False),
     Rule("data without labels", HEADLESS, "do not teach the head. Add labels"),
     Rule("data without labels", of("multi_exit"), "every exit learns the labels, and the batch has none"),
+    Rule("data without labels", of("sstoken"), "needs labels that are -100 on the prompt"),
     Rule("data without labels", of("ddk"), "evaluate needs a data set with labels"),
     Rule(
         "return_dict=False",
         lambda case: case.pictures or case.task == "text-generation",
         "'tuple' object has no attribute 'last_hidden_state'",
     ),
-    Rule("teacher from a cache on disk", of("dparallel", "gkd", "dmae"), "a method of this run changes the batch"),
+    Rule(
+        "teacher from a cache on disk",
+        of("dparallel", "gkd", "dmae", "aligndistil"),
+        "a method of this run changes the batch",
+    ),
     Rule("teacher from a cache on disk", of("ernie_tiny", "minilm"), "cannot be cached, as it does not follow the"),
     Rule(
         "teacher from a cache on disk",

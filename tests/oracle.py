@@ -60,6 +60,8 @@ INPUTS = {
     "dmae": ("imgs", "noise", "tokens", "pred", "feat_*", "proj_*"),
     "ofa_kd": ("*_logits", "labels", "soft_targets", "soft_mask"),
     "krr_st": ("net.*", "x_*", "y_*"),
+    "sstoken": ("logits", "labels", "attn_mean_heads", "history_token_losses", "one_response/labels"),
+    "aligndistil": ("*_logits", "labels"),
     "loyalty": ("student_probs", "teacher_probs"),
     "stochastok": ("ids",),
     "sinkd": ("*_logits",),

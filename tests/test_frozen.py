@@ -80,3 +80,24 @@ def test_one_that_shares_weights_with_the_student_or_has_other_classes_is_refuse
     other = testing.models("fill-mask")[0]
     with pytest.raises(MismatchError, match="kind of head"):
         toys.run(tmp_path, WithReference(), frozen={"reference": other})
+
+
+class Alone(toys.Toy):
+    """A further model and no teacher."""
+
+    def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
+        return Needs(teacher=None, frozen=("reference",))
+
+
+class CaseOfAlone(testing.Case):
+    """Of a method that no registry knows."""
+
+    def objective(self) -> Alone:
+        return Alone()
+
+
+def test_without_a_teacher_a_further_model_gives_its_logits() -> None:
+    """In the conformance suite's signals, as in a run."""
+    found = testing.signals(CaseOfAlone("alone", TASK))
+    assert not found.teacher
+    assert found.frozen["reference"]["logits"].shape == found.student["logits"].shape
