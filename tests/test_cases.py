@@ -221,7 +221,7 @@ def _on_vocabulary(case: testing.Case) -> bool:
     """Whether a method compares distributions over tokens."""
     if case.task not in (MASK, GENERATE):
         return False
-    needs = case.objective().needs(*(sizes(model) for model in testing.models(case.task)))
+    needs = _needs(case)
     return needs.same_tokens and "logits" in needs.student & (needs.teacher or frozenset())
 
 
@@ -244,9 +244,14 @@ def test_as_many_tokens_again_that_no_model_has_change_nothing(case: testing.Cas
 
 
 def _each_position() -> list[str]:
-    """Methods with a value at each position that need no data of their own."""
+    """Methods with a value at each position that need no data and no further model of their own."""
     on_tokens = [case for case in METHODS if case.task in (TAG, MASK, GENERATE) and case.prepare is None]
-    return sorted({case.method for case in on_tokens if case.objective().overrides("per_position")})
+    alone = [case for case in on_tokens if not _needs(case).frozen]
+    return sorted({case.method for case in alone if case.objective().overrides("per_position")})
+
+
+def _needs(case: testing.Case) -> Needs:
+    return case.objective().needs(*(sizes(model) for model in testing.models(case.task)))
 
 
 @pytest.mark.parametrize("method", _each_position())
