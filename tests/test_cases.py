@@ -217,6 +217,10 @@ def test_four_steps_of_accumulation_do_not_multiply_whatever_the_trainer_guesses
     assert_same(found[1], found[0])
 
 
+def _needs(case: testing.Case) -> Needs:
+    return case.objective().needs(*(sizes(model) for model in testing.models(case.task)))
+
+
 def _on_vocabulary(case: testing.Case) -> bool:
     """Whether a method compares distributions over tokens."""
     if case.task not in (MASK, GENERATE):
@@ -248,10 +252,6 @@ def _each_position() -> list[str]:
     on_tokens = [case for case in METHODS if case.task in (TAG, MASK, GENERATE) and case.prepare is None]
     alone = [case for case in on_tokens if not _needs(case).frozen]
     return sorted({case.method for case in alone if case.objective().overrides("per_position")})
-
-
-def _needs(case: testing.Case) -> Needs:
-    return case.objective().needs(*(sizes(model) for model in testing.models(case.task)))
 
 
 @pytest.mark.parametrize("method", _each_position())
