@@ -14,14 +14,16 @@ import torch
 from hf_compress_cards import card
 from hf_compress_evaluation import intervals, metrics, quality, remeasuring, scoring, table, task
 from hf_compress_evaluation.candidates import Candidate
+from hf_compress_evaluation.examples import Examples
 from hf_compress_evaluation.folder import Timing, evaluate_folder
+from hf_compress_evaluation.scoring.classes import Classes
 from hf_compress_evaluation.scoring.numbers import Numbered, Numbers
 from hf_compress_evaluation.scoring.sentences import Embedded, Pairs, Sentences
 from hf_compress_evaluation.scoring.tags import Counts, Tagged, Tags
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import binomtest, pearsonr, spearmanr
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -323,6 +325,21 @@ def check_derived(found: dict[str, facts.Measurement], own: float, teacher: floa
 
 
 DATA = facts.Data(name="rows", rows=12, fingerprint="0" * 16)
+
+
+def test_a_student_of_classes_is_held_against_teacher_and_baseline_each_in_its_place() -> None:
+    """Of 12 rows own misses three and alone six, of which own has none right: McNemar's 3 losses against 6 wins."""
+    labels = np.arange(12) % 2
+    right = np.eye(2, dtype=np.float32)[labels]
+    own, alone = right.copy(), right.copy()
+    own[:3], alone[3:9] = own[:3, ::-1].copy(), alone[3:9, ::-1].copy()
+    one, asked = told("text-classification")
+    rows = Examples(texts=("a",) * 12, labels=labels, data=DATA)
+    given = Classes().measure(one, own, rows, asked, teacher=right, alone=alone)
+    found = {m.metric: m for m in given}
+    check_derived(found, 9 / 12, 1, 6 / 12)
+    assert found["gain"].how == {"metric": "accuracy", "mcnemar_p": pytest.approx(binomtest(6, 9).pvalue)}
+    assert found["label_loyalty"].value == pytest.approx(9 / 12)
 
 
 def test_a_student_of_numbers_is_held_against_teacher_and_baseline_each_in_its_place() -> None:

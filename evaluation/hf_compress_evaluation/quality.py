@@ -398,7 +398,7 @@ def measure_figure(
     *,
     unit: str = "fraction",
     seed: int = 0,
-    **how: Setting,
+    how: Mapping[str, Setting] = MappingProxyType({}),
 ) -> tuple[Measurement, ...]:
     """One figure with its 95 % interval as a fact; nothing, with a log line, where it is undefined."""
     estimate = intervals.estimate(figure, seed=seed)

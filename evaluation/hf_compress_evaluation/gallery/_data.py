@@ -21,7 +21,7 @@ from hf_compress_evaluation.demo.data import load_sentiment
 Rows = list[dict[str, Any]]
 TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
 CHOICE, TEST = 164, 300
-"""Sentences of contracts for choosing and for the reported numbers; the other 700 are trained on."""
+"""Sentences of contracts for choosing and for the reported numbers; the others are trained on."""
 PAIRS = {"WordSim-353": "wordsim353.tsv", "SimLex-999": "simlex999.txt"}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from hf_compress.errors import MismatchError, UnknownNameError
-from hf_compress.facts import Data, Measurement
+from hf_compress.facts import Data, Measurement, Setting
+from hf_compress_evaluation import intervals, quality
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.task import Task
 
@@ -19,6 +21,19 @@ class Rows(Protocol):
     def data(self) -> Data:
         """Name, size and fingerprint."""
 
+    @property
+    def labels(self) -> Any:
+        """None: unlabelled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A score or a likeness that can be resampled, for the record."""
+
+    of: intervals.Statistic
+    unit: str = "fraction"
+    how: Mapping[str, Setting] = field(default_factory=dict)
+
 
 class Scorer(ABC):
     """One task. What `load` and `predict` return is only handed back to the same scorer."""
@@ -26,7 +41,7 @@ class Scorer(ABC):
     metrics: ClassVar[tuple[str, ...]]
     """What a task may ask for."""
     default: ClassVar[tuple[str, ...]]
-    """What is measured unless a task asks for others; the first is what retention, gap closed and gain are of."""
+    """What is measured unless a task asks for others."""
     loyalty: ClassVar[tuple[str, ...]]
     """What is measured where there is a teacher."""
 
@@ -84,6 +99,54 @@ class Scorer(ABC):
         return task.metrics or self.default
 
 
+class FigureScorer(Scorer):
+    """A task all of whose scores are figures that can be resampled."""
+
+    compared: ClassVar[tuple[str, ...]]
+    """Of which retention, gap closed and gain are taken: the first of these that is measured. More is better."""
+
+    @abstractmethod
+    def figures(self, one: Candidate, said: Any, rows: Any) -> Mapping[str, Figure]:
+        """Each of `metrics`, of what a model said of rows with labels; `one` for the names of its classes."""
+
+    @abstractmethod
+    def likeness(self, own: Any, teacher: Any) -> Mapping[str, Figure]:
+        """How closely what a model said follows what its teacher said: those of `loyalty` that both allow."""
+
+    def measure(
+        self,
+        one: Candidate,
+        own: Any,
+        rows: Any,
+        task: Task,
+        *,
+        teacher: Any = None,
+        alone: Any = None,
+        student: Candidate | None = None,
+        seed: int = 0,
+    ) -> tuple[Measurement, ...]:
+        who, found = (one.subject, one.variant), list[Measurement]()
+        if rows.labels is not None:
+            asked, figures = self.asked(task), self.figures(one, own, rows)
+            for name in asked:
+                found += _measured(who, name, figures[name], rows, seed)
+            main = next((name for name in asked if name in self.compared), self.compared[0])
+            beside = [None if each is None else self.figures(one, each, rows)[main].of for each in (teacher, alone)]
+            found += quality.measure_derived(
+                *who,
+                figures[main].of,
+                rows.data,
+                metric=main,
+                unit=figures[main].unit,
+                teacher=beside[0],
+                alone=beside[1],
+                seed=seed,
+            )
+        for name, figure in {} if teacher is None else self.likeness(own, teacher).items():
+            found += _measured(who, name, figure, rows, seed)
+        return tuple(found)
+
+
 def check_labels(candidates: Sequence[Candidate]) -> None:
     """Refuses models whose classes are not those of the last one, in the same order."""
     student = candidates[-1].model.config.id2label
@@ -93,3 +156,7 @@ def check_labels(candidates: Sequence[Candidate]) -> None:
                 f"{candidate.name} has the classes {other}, the student {student}. Agreement needs the same classes in "
                 "the same order: set id2label and label2id of both configs alike."
             )
+
+
+def _measured(who: tuple[str, str], name: str, figure: Figure, rows: Rows, seed: int) -> tuple[Measurement, ...]:
+    return quality.measure_figure(*who, name, figure.of, rows.data, unit=figure.unit, seed=seed, how=figure.how)

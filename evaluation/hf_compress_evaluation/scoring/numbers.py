@@ -11,16 +11,14 @@ from numpy.typing import NDArray
 
 from hf_compress import facts
 from hf_compress.errors import MismatchError
-from hf_compress.facts import Measurement
 from hf_compress_evaluation import agreement, intervals, quality
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.examples import numbers, texts
 from hf_compress_evaluation.task import Task, describe, read_data
 
-from ._base import Scorer
+from ._base import Figure, FigureScorer
 
 Floats = NDArray[np.float64]
-FIGURES = {"pearsonr": intervals.pearson, "spearmanr": intervals.spearman}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +30,11 @@ class Numbered:
     data: facts.Data
 
 
-class Numbers(Scorer):
+class Numbers(FigureScorer):
     """Correlation with the labels, and with the teacher's scores."""
 
     metrics = ("pearsonr", "spearmanr", "mean_squared_error")
-    default = ("pearsonr", "spearmanr")
+    default = compared = ("pearsonr", "spearmanr")
     loyalty = ("regression_loyalty", "rank_loyalty", "score_difference")
 
     def check(self, candidates: Sequence[Candidate]) -> None:
@@ -67,62 +65,28 @@ class Numbers(Scorer):
         )
         return given[:, 0].astype(np.float64)
 
-    def measure(
-        self,
-        one: Candidate,
-        own: Floats,
-        rows: Numbered,
-        task: Task,
-        *,
-        teacher: Floats | None = None,
-        alone: Floats | None = None,
-        student: Candidate | None = None,
-        seed: int = 0,
-    ) -> tuple[Measurement, ...]:
-        who = (one.subject, one.variant)
-        found: tuple[Measurement, ...] = ()
-        if rows.labels is not None:
-            found = against_numbers(who, own, rows.labels, rows.data, self.asked(task), teacher, alone, seed=seed)
-        if teacher is not None:
-            near = intervals.average(agreement.score_difference_rows(own, teacher))
-            for name, figure in (("regression_loyalty", intervals.pearson), ("rank_loyalty", intervals.spearman)):
-                found += quality.measure_figure(
-                    *who, name, figure(own, teacher), rows.data, unit="correlation", seed=seed
-                )
-            found += quality.measure_figure(*who, "score_difference", near, rows.data, unit="of the score", seed=seed)
-        return found
+    def figures(self, one: Candidate, said: Floats, rows: Numbered) -> dict[str, Figure]:
+        assert rows.labels is not None  # asked before
+        return correlations(said, rows.labels) | {
+            "mean_squared_error": Figure(of=intervals.average((said - rows.labels) ** 2), unit="of the score, squared")
+        }
+
+    def likeness(self, own: Floats, teacher: Floats) -> dict[str, Figure]:
+        found = correlations(own, teacher)
+        near = intervals.average(agreement.score_difference_rows(own, teacher))
+        return {
+            "regression_loyalty": found["pearsonr"],
+            "rank_loyalty": found["spearmanr"],
+            "score_difference": Figure(of=near, unit="of the score"),
+        }
 
     def gate(self, rows: Numbered) -> tuple[Sequence[str], None]:
         return rows.texts, None
 
 
-def against_numbers(
-    who: tuple[str, str],
-    own: Floats,
-    labels: Floats,
-    data: facts.Data,
-    metrics: Sequence[str],
-    teacher: Floats | None,
-    alone: Floats | None,
-    *,
-    seed: int,
-) -> tuple[Measurement, ...]:
-    """Correlations with the labels; retention, gap closed and gain of the first of them."""
-    found: tuple[Measurement, ...] = ()
-    for name in metrics:
-        if name in FIGURES:
-            figure, unit = FIGURES[name](own, labels), "correlation"
-        else:
-            figure, unit = intervals.average((own - labels) ** 2), "of the score, squared"
-        found += quality.measure_figure(*who, name, figure, data, unit=unit, seed=seed)
-    main = next((name for name in metrics if name in FIGURES), "spearmanr")
-    return found + quality.measure_derived(
-        *who,
-        FIGURES[main](own, labels),
-        data,
-        metric=main,
-        unit="correlation",
-        teacher=None if teacher is None else FIGURES[main](teacher, labels),
-        alone=None if alone is None else FIGURES[main](alone, labels),
-        seed=seed,
-    )
+def correlations(one: Floats, other: Floats) -> dict[str, Figure]:
+    """Pearson's and Spearman's of (row,) values."""
+    return {
+        "pearsonr": Figure(of=intervals.pearson(one, other), unit="correlation"),
+        "spearmanr": Figure(of=intervals.spearman(one, other), unit="correlation"),
+    }

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from hf_compress import facts
 from hf_compress.errors import MismatchError
-from hf_compress.facts import Measurement
 from hf_compress_evaluation import intervals, quality
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.examples import numbers, texts
 from hf_compress_evaluation.task import Task, describe, read_data
 
-from ._base import Scorer
-from .numbers import against_numbers
+from ._base import Figure, FigureScorer
+from .numbers import correlations
 
 Floats = NDArray[np.float64]
 
@@ -48,13 +47,13 @@ class Embedded:
         return np.asarray((self.texts * self.others).sum(-1))
 
 
-class Sentences(Scorer):
+class Sentences(FigureScorer):
     """Spearman's correlation of the pairs' cosines with people's scores.
 
     A text's embedding is the mean of the last hidden states of its tokens, or the first one's (`pooling: cls`).
     """
 
-    metrics = ("spearmanr", "pearsonr")
+    metrics = compared = ("spearmanr", "pearsonr")
     default = ("spearmanr",)
     loyalty = ("rank_loyalty", "teacher_cosine")
 
@@ -85,31 +84,15 @@ class Sentences(Scorer):
             texts=found[[place[text] for text in rows.texts]], others=found[[place[text] for text in rows.others]]
         )
 
-    def measure(
-        self,
-        one: Candidate,
-        own: Embedded,
-        rows: Pairs,
-        task: Task,
-        *,
-        teacher: Embedded | None = None,
-        alone: Embedded | None = None,
-        student: Candidate | None = None,
-        seed: int = 0,
-    ) -> tuple[Measurement, ...]:
-        who = (one.subject, one.variant)
-        found: tuple[Measurement, ...] = ()
-        if rows.labels is not None:
-            theirs, others = (None if each is None else each.cosines for each in (teacher, alone))
-            asked = self.asked(task)
-            found = against_numbers(who, own.cosines, rows.labels, rows.data, asked, theirs, others, seed=seed)
-        if teacher is not None:
-            ranks = intervals.spearman(own.cosines, teacher.cosines)
-            found += quality.measure_figure(*who, "rank_loyalty", ranks, rows.data, unit="correlation", seed=seed)
-            if own.texts.shape == teacher.texts.shape:  # else there is no common space
-                both = [(getattr(own, key) * getattr(teacher, key)).sum(-1) for key in ("texts", "others")]
-                near = intervals.average(np.mean(both, axis=0))
-                found += quality.measure_figure(*who, "teacher_cosine", near, rows.data, unit="cosine", seed=seed)
+    def figures(self, one: Candidate, said: Embedded, rows: Pairs) -> dict[str, Figure]:
+        assert rows.labels is not None  # asked before
+        return correlations(said.cosines, rows.labels)
+
+    def likeness(self, own: Embedded, teacher: Embedded) -> dict[str, Figure]:
+        found = {"rank_loyalty": correlations(own.cosines, teacher.cosines)["spearmanr"]}
+        if own.texts.shape == teacher.texts.shape:  # else there is no common space
+            both = [(getattr(own, key) * getattr(teacher, key)).sum(-1) for key in ("texts", "others")]
+            found["teacher_cosine"] = Figure(of=intervals.average(np.mean(both, axis=0)), unit="cosine")
         return found
 
     def gate(self, rows: Pairs) -> tuple[Sequence[str], None]:

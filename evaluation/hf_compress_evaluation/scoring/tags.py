@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from hf_compress import facts
 from hf_compress.errors import ConfigurationError, MismatchError
-from hf_compress.facts import Measurement
 from hf_compress_evaluation import agreement, intervals, metrics, quality
 from hf_compress_evaluation.candidates import Candidate
 from hf_compress_evaluation.examples import column, label_ids
 from hf_compress_evaluation.task import Task, describe, read_data
 
-from ._base import Scorer, check_labels
+from ._base import Figure, FigureScorer, check_labels
 
 Logits = list[NDArray[np.float32]]
 """(word, class) of each sentence; words that are cut off have no row, those before without a token NaN."""
@@ -34,7 +33,7 @@ class Tagged:
     data: facts.Data
 
 
-class Tags(Scorer):
+class Tags(FigureScorer):
     """F1 of whole entities, accuracy of words, and equal tags. Sentences are what is resampled.
 
     A word's tag is that of its first token. A word that is cut off with the end of a long sentence counts as untagged
@@ -42,7 +41,7 @@ class Tags(Scorer):
     (a zero-width space). Agreement is over the words that both saw.
     """
 
-    metrics = ("seqeval_f1", "accuracy", "seqeval_precision", "seqeval_recall")
+    metrics = compared = ("seqeval_f1", "accuracy", "seqeval_precision", "seqeval_recall")
     default = ("seqeval_f1", "accuracy")
     loyalty = ("label_loyalty", "probability_loyalty")
 
@@ -102,43 +101,23 @@ class Tags(Scorer):
             found.append(own)
         return found
 
-    def measure(
-        self,
-        one: Candidate,
-        own: Logits,
-        rows: Tagged,
-        task: Task,
-        *,
-        teacher: Logits | None = None,
-        alone: Logits | None = None,
-        student: Candidate | None = None,
-        seed: int = 0,
-    ) -> tuple[Measurement, ...]:
-        who = (one.subject, one.variant)
-        found: tuple[Measurement, ...] = ()
+    def figures(self, one: Candidate, said: Logits, rows: Tagged) -> dict[str, Figure]:
+        assert rows.labels is not None  # asked before
         names = [one.model.config.id2label[index] for index in range(len(one.model.config.id2label))]
-        if rows.labels is not None:
-            figures = Counts.of(own, rows.labels, names).figures()
-            asked = self.asked(task)
-            for name in asked:
-                found += quality.measure_figure(*who, name, figures[name], rows.data, seed=seed)
-            theirs, others = (
-                None if each is None else Counts.of(each, rows.labels, names).figures()[asked[0]]
-                for each in (teacher, alone)
-            )
-            found += quality.measure_derived(
-                *who, figures[asked[0]], rows.data, metric=asked[0], teacher=theirs, alone=others, seed=seed
-            )
-        if teacher is not None:
-            both = [_seen_by_both(a, b) for a, b in zip(own, teacher, strict=True)]
-            for name, compare in (
-                ("label_loyalty", agreement.label_loyalty_rows),
-                ("probability_loyalty", agreement.probability_loyalty_rows),
-            ):
-                sums = [float(compare(a, b).sum()) if len(a) else 0.0 for a, b in both]
-                figure = intervals.share(sums, [len(a) for a, _ in both])
-                found += quality.measure_figure(*who, name, figure, rows.data, seed=seed, of="words")
-        return found
+        return {name: Figure(of=figure) for name, figure in Counts.of(said, rows.labels, names).figures().items()}
+
+    def likeness(self, own: Logits, teacher: Logits) -> dict[str, Figure]:
+        both = [_seen_by_both(a, b) for a, b in zip(own, teacher, strict=True)]
+        words = [len(a) for a, _ in both]
+
+        def share(compare: Callable[..., Floats]) -> Figure:
+            sums = [float(compare(a, b).sum()) if len(a) else 0.0 for a, b in both]
+            return Figure(of=intervals.share(sums, words), how={"of": "words"})
+
+        return {
+            "label_loyalty": share(agreement.label_loyalty_rows),
+            "probability_loyalty": share(agreement.probability_loyalty_rows),
+        }
 
     def gate(self, rows: Tagged) -> tuple[Sequence[str], None]:
         return tuple(" ".join(words) for words in rows.words), None
