@@ -678,3 +678,16 @@ def test_two_data_sets_are_told_apart(tmp_path: Path) -> None:
         "- 93.8 % of the teacher's quality is kept on cd.",
     ):
         assert line in text, line
+
+
+def test_one_layer_is_one(tmp_path: Path) -> None:
+    data = Data(name="rows", rows=1, fingerprint="0" * 16)
+    small, big = (Model(architecture=BERT, parameters=5, layers=number) for number in (1, 2))
+    training = Training(
+        task="text-classification", teacher=big, student=small, methods=(), task_weight=1.0, data=data, steps=1,
+        epochs=1.0, seconds=1.0, seed=0, hardware="a processor", versions={},
+    )  # fmt: skip
+    text = render(made(tmp_path / "student", Record(training=training)))
+    assert "5 parameters and 1 layer, distilled" in text
+    assert "5 parameters, 1 layer\n" in text
+    assert "5 parameters, 2 layers\n" in text

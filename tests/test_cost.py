@@ -129,6 +129,17 @@ def test_a_process_that_does_not_end_is_given_up(
     assert "timed out" in caplog.text
 
 
+def test_a_graph_of_one_token_type_runs(tmp_path: Path) -> None:
+    """Its table of types has one row: any id but 0 would end the run."""
+    inputs = [helper.make_tensor_value_info("token_type_ids", TensorProto.INT64, ["batch", "length"])]
+    outputs = [helper.make_tensor_value_info("states", TensorProto.FLOAT, ["batch", "length", 1])]
+    table_of_types = helper.make_tensor("types", TensorProto.FLOAT, [1, 1], [0.5])
+    nodes = [helper.make_node("Gather", ["types", "token_type_ids"], ["states"])]
+    graph = helper.make_graph(nodes, "types", inputs, outputs, [table_of_types])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "model.onnx")
+    assert serving_process.run_onnx(str(tmp_path), batch=2, length=3, threads=1, device="cpu") is None
+
+
 # ---------------------------------------------------------------------- energy
 
 

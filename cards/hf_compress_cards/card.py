@@ -91,6 +91,7 @@ def _context(record: Record, config: dict[str, Any], model: str, folder: Path) -
         "find": record.find,
         "show": figures.show,
         "count": figures.count,
+        "layers": figures.layers,
         "settings": settings,
         "quality": _table(figures.quality_cells(record)),
         "speed": _table(figures.speed_cells(record)),

@@ -121,6 +121,11 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def layers(number: int) -> str:
+    """1 layer, 3 layers."""
+    return f"{number} layer{'' if number == 1 else 's'}"
+
+
 def size(value: float) -> str:
     """Bytes in powers of ten: 91.3 MB."""
     return f"{count(value)}{'B' if abs(value) >= 1e3 else ' B'}"

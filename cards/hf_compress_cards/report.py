@@ -107,6 +107,7 @@ def _context(
         "training": record.training,
         "stages": (*record.training.before, record.training) if record.training else (),
         "count": figures.count,
+        "layers": figures.layers,
         "percent": figures.percent,
         "settings": settings,
         "quality": _results(record, drawn[1] if drawn else None),

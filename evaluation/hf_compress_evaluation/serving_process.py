@@ -66,7 +66,11 @@ def run_onnx(source: str, batch: int, length: int, threads: int, device: str) ->
     if session.get_providers()[0] != provider:
         raise RuntimeError(f"the graph runs on {session.get_providers()[0]}, not on {provider}")
     types = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
-    session.run(None, {spec.name: np.ones((batch, length), types[spec.type]) for spec in session.get_inputs()})
+    kinds = {"token_type_ids": np.zeros}  # some models know one alone
+    session.run(
+        None,
+        {spec.name: kinds.get(spec.name, np.ones)((batch, length), types[spec.type]) for spec in session.get_inputs()},
+    )
     return None
 
 
