@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from . import files
@@ -33,6 +33,8 @@ PERMISSIVE = frozenset(
     }
 )  # fmt: skip
 """Identifiers of the hub whose works may be passed on under another licence, as long as theirs is named."""
+PATIENCE = 5.0
+"""Seconds that the hub is waited for, where nothing but a licence depends on its answer."""
 OTHER = "other"
 """The hub's word for a licence that it has none for: two of them need not be the same."""
 
@@ -181,10 +183,18 @@ def of_source(source: object) -> str | None:
     if not Path(source).is_dir():
         try:
             cached = try_to_load_from_cache(str(source), CARD)
-            path = Path(cached if isinstance(cached, str) else hf_hub_download(str(source), CARD, etag_timeout=5))
+            path = Path(cached) if isinstance(cached, str) else _fetched(str(source))
         except Exception:  # offline, private, no card, no hub id: each raises types of its own, and none matters here
             return None
     return of_card(path)
+
+
+def _fetched(repo_id: str) -> Path:
+    """The card of a hub id. Asked once whether it is there: a download tries six times, for half a minute."""
+    found = get_hf_file_metadata(hf_hub_url(repo_id, CARD), timeout=PATIENCE)
+    if found.size is not None and found.size > files.MAX_TEXT_BYTES:
+        raise ForeignFileError(Path(CARD), f"has {found.size} bytes.", "A card is a text.")
+    return Path(hf_hub_download(repo_id, CARD, etag_timeout=PATIENCE))
 
 
 def of_card(path: Path) -> str | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from hf_compress_cards import card, editing, leaderboards, metadata, plot
-from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
+from hub.server import Hub, running_hub
+from huggingface_hub import EvalResultEntry, HfApi, ModelCard, constants, parse_eval_result_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_bert_classifier
@@ -388,6 +389,32 @@ def test_the_licence_of_a_teacher_is_read_from_its_card(tmp_path: Path) -> None:
     assert licences.of_source("") is None
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
     assert licences.of_source(tmp_path) is None
+
+
+def test_the_card_of_a_hub_id_is_fetched_and_a_hub_that_is_gone_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download would try six times, with pauses of 23 seconds in all, at the end of every training."""
+    with running_hub() as hub:
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in (
+            ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True), ("ENDPOINT", hub.url),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", template), ("HF_HUB_CACHE", str(tmp_path)),
+        ):  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        api = HfApi(endpoint=hub.url, token=Hub.token)
+        api.create_repo("me/big")
+        api.upload_file(path_or_fileobj=b"---\nlicense: mit\n---\n", path_in_repo="README.md", repo_id="me/big")
+        assert licences.of_source("me/big") == "mit"
+        assert licences.of_source("me/none") is None
+        hub.dead = True
+        asked = len(hub.log)
+        assert licences.of_source("me/big") == "mit"  # from the cache
+        assert len(hub.log) == asked
+        started = time.monotonic()
+        assert licences.of_source("me/other") is None
+        assert time.monotonic() - started < licences.PATIENCE
 
 
 # ---------------------------------------------------------------------------------------------- leaderboards
