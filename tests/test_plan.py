@@ -123,7 +123,7 @@ def test_an_unknown_task_names_the_nearest(teacher: Path) -> None:
 
 
 def test_the_command_prints_a_table_or_json_alone(found: Plan, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it is for a process of its own
+    monkeypatch.setattr("hf_compress.cli.shared.quiet", lambda: None)  # it is for a process of its own
     monkeypatch.setattr(planning, "plan", lambda *args, **kwargs: found)
     shown = CliRunner().invoke(cli.app, ["plan", str(teacher), "--layers", "1,3"], catch_exceptions=False)
     text = " ".join(shown.stdout.split())

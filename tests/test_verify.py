@@ -96,7 +96,7 @@ def student(made: Made, tmp_path: Path) -> Path:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """`hf-compress verify` in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it is for a process of its own
+    monkeypatch.setattr("hf_compress.cli.shared.quiet", lambda: None)  # it is for a process of its own
 
     def call(*arguments: object) -> tuple[int, str, str]:
         done = CliRunner().invoke(cli.app, ["verify", *map(str, arguments)])

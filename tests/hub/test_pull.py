@@ -192,7 +192,7 @@ def test_a_private_repository_needs_its_owners_token(hub: Hub, built: Path, pull
 def test_the_command_takes_a_url_and_names_the_folder_like_the_repository(
     hub: Hub, pushed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it is for a process of its own
+    monkeypatch.setattr("hf_compress.cli.shared.quiet", lambda: None)  # it is for a process of its own
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli.app, ["pull", f"{hub.url}/me/student"], catch_exceptions=False)
     assert (done.exit_code, done.stdout) == (0, "")
