@@ -19,8 +19,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from . import facts, files, verifying
 from .errors import ConfigurationError, ForeignFileError, HubError
-from .hub import Remote, file_hashes, remote_hash
 from .outgoing import ALLOWED, PICKLES, WEIGHTS
+from .remote import Remote, file_hashes, remote_hash
 
 _OF_THE_CLIENT = ".cache"
 """What huggingface_hub keeps beside the files to go on after an interruption."""

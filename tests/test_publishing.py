@@ -403,7 +403,7 @@ def test_a_failed_measurement_names_both_commands(
 def test_a_push_that_the_hub_refuses_is_found_before_the_first_step(
     hub: Hub, tmp_path: Path, untrained: None, monkeypatch: pytest.MonkeyPatch, token: str | None, said: str
 ) -> None:
-    monkeypatch.setattr("hf_compress.hub.get_token", lambda: token)
+    monkeypatch.setattr("hf_compress.remote.get_token", lambda: token)
     with pytest.raises(HubError, match=said):
         build(tmp_path, PublishCallback(f"{hub.url}/me/small", licence="mit", folder=tmp_path / "student")).train()
 

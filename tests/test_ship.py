@@ -619,7 +619,7 @@ def test_a_push_that_the_hub_refuses_is_found_before_training(
     token: str | None,
     said: str,
 ) -> None:
-    monkeypatch.setattr("hf_compress.hub.get_token", lambda: token)
+    monkeypatch.setattr("hf_compress.remote.get_token", lambda: token)
     with pytest.raises(HubError, match=said) as caught:
         run(made_recipe(inputs, tmp_path / "made", values, push=f"{hub.url}/me/small"))
     assert token is None or token not in str(caught.value)

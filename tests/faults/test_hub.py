@@ -19,7 +19,7 @@ from hub.server import KINDS, Fault, Hub, running_hub
 from huggingface_hub.utils import get_session
 from safetensors.numpy import load, save_file
 
-from hf_compress import facts
+from hf_compress import facts, remote
 from hf_compress import hub as ours
 from hf_compress.errors import HubError
 from hf_compress.hub import Pushed, push
@@ -264,12 +264,12 @@ def test_files_that_are_stored_on_another_host_take_no_token_there(pushing: Push
 def test_a_hub_that_falls_silent_is_given_up(
     pushing: Pushing, monkeypatch: pytest.MonkeyPatch, kind: str, applied: bool
 ) -> None:
-    monkeypatch.setattr(ours, "SILENCE", 0.5)
+    monkeypatch.setattr(remote, "SILENCE", 0.5)
     started = time.monotonic()
     result = pushing.under(Fault(KINDS[kind], status=None, seconds=5.0, applied=applied), note=f"silence, {kind}")
     assert time.monotonic() - started < 4.0
     assert isinstance(result, Pushed) == (kind in RETRIED), result
-    monkeypatch.setattr(ours, "SILENCE", 60.0)
+    monkeypatch.setattr(remote, "SILENCE", 60.0)
     pushing.again()
 
 

@@ -326,7 +326,7 @@ def test_a_push_that_cannot_work_sends_no_file(
 def test_without_a_token_the_remedy_is_named(
     hub: Hub, push: Callable[..., Pushed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_compress.hub.get_token", lambda: None)
+    monkeypatch.setattr("hf_compress.remote.get_token", lambda: None)
     with pytest.raises(HubError, match="hf auth login"):
         push(token=None)
 
