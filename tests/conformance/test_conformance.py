@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prepared import PREPARED
@@ -14,8 +16,20 @@ from hf_compress import registry, testing
 CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.cases()]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def in_turn() -> list[Any]:
+    """Every check on every case; on all but one task of a method, another at each check, it is slow."""
+    found = []
+    for _, cases in groupby(CASES, key=lambda case: case.method):
+        tasks = list(cases)
+        for turn, check in enumerate(testing.CHECKS):
+            name = check.__name__.removeprefix("check_")
+            for place, case in enumerate(tasks):
+                marks = [pytest.mark.slow] if place != turn % len(tasks) else []
+                found.append(pytest.param(check, case, id=f"{name}-{case}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("check", "case"), in_turn())
 def test_conformance(check: Callable[[testing.Case, Path], None], case: testing.Case, tmp_path: Path) -> None:
     check(case, tmp_path)
 
