@@ -257,16 +257,17 @@ def _two_process_run(
     run = build(
         folder,
         task,
-        ["kd", "features"],
+        ["kd", "features", TAID(alpha=0.5)],  # whose third target follows from the losses of the steps before
         data=data,
         dtype=torch.float64,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=steps,
         average_tokens_across_devices=average,
-        max_steps=2,
+        max_steps=3,
         distill={"memory": memory, "chunk": 3},
     ).train()
-    logs = {name: run.logged(name) for name in ("loss", "task_loss", "distill_loss", "distill/kd", "distill/features")}
+    terms = ("distill/kd", "distill/features", "distill/taid")
+    logs = {name: run.logged(name) for name in ("loss", "task_loss", "distill_loss", *terms)}
     return {"gradients": run.kept.gradients[0], "weights": dict(run.student.state_dict()), "logs": logs}
 
 
