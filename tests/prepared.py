@@ -45,6 +45,17 @@ def with_prompts(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]
     return {"data_collator": collate}
 
 
+def with_privacy(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
+    """Every third id is private, more or less."""
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        found = testing.collate(batch)
+        ids = found["input_ids"]
+        return found | {"privacy": torch.where(ids % 3 == 0, (ids % 4 + 1) / 4, 0.0) * found["attention_mask"]}
+
+    return {"data_collator": collate}
+
+
 SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 == 0)
 
 PREPARED: Mapping[str, Mapping[str, Any]] = {
@@ -58,6 +69,7 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
         "settings": {"mask_token_id": testing.VOCAB - 1, "block": 4},
         "elsewhere": frozenset({"sureness", "unmask", "unmask_some", "tokens_each_step"}),
     },
+    "swing": {"prepare": with_privacy, "elsewhere": frozenset({"private_tokens"})},
     "alm": {
         "prepare": for_two_models,
         "settings": {"spaces": SPACES},
