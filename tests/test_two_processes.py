@@ -13,7 +13,7 @@ from stub import GradientKeeper
 
 from hf_compress import testing
 
-DRAWS = {"acm", "dmae", "dparallel"}
+DRAWS = {"acm", "dmae", "dparallel", "fspad"}
 """Methods whose draws are each process's own."""
 
 
