@@ -47,7 +47,7 @@ def with_prompts(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]
 
 
 def drafter(student: PreTrainedModel) -> PreTrainedModel:
-    """Of the suite's teacher, whose features it learns; smaller weights, as at the teacher's its attention is one-hot."""
+    """Of the suite's teacher, whose features it learns; at the width of the teacher's weights its attention jumps."""
     return fspad(testing.models("text-generation")[1], config={"initializer_range": 0.05})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-from alone import output_of
 from hf_compress_plugins.general.kd import kd
 from hf_compress_plugins.language import _feature_drafting
 from hf_compress_plugins.language import fspad as module
@@ -36,6 +36,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_compress import DistillCallback, testing
 from hf_compress.errors import ConfigurationError, MismatchError, UnknownNameError
@@ -92,13 +93,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, FSPADDrafter]:
     """A target that has learned the grammar, and a drafter that has learned from it."""
     model, draw = target(initializer_range=0.1).train(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
+    for _ in range(60):
         ids = sentences(16, draw)
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     made = drafter(model.eval()).train()
-    teach(made, model, tmp_path_factory.mktemp("run"), 80)
+    teach(made, model, tmp_path_factory.mktemp("run"), 50)
     return model, made.eval()
 
 
@@ -216,10 +217,15 @@ def test_a_drafter_has_its_target_s_sizes_and_frozen_copies_of_embedding_and_hea
     loaded = AutoModel.from_pretrained(tmp_path / "drafter")
     assert {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad} == frozen
     assert testing.weights_hash(loaded) == testing.weights_hash(made)
-    call = "model(torch.tensor([[3, 4, 5]]), torch.ones(1, 3, 32)).predict"
-    with torch.no_grad():
-        expected = made(torch.tensor([[3, 4, 5]]), torch.ones(1, 3, 32)).predict
-    torch.testing.assert_close(output_of(tmp_path / "drafter", "AutoModel", call), expected)
+    assert loaded.config.auto_map["AutoModel"] == "_modeling_fspad.FSPADDrafter"
+    named = get_class_from_dynamic_module(loaded.config.auto_map["AutoModel"], str(tmp_path / "drafter"))
+    assert named is not FSPADDrafter
+    alone = named.from_pretrained(tmp_path / "drafter")
+    given = torch.tensor([[3, 4, 5]]), torch.ones(1, 3, 32)
+    torch.testing.assert_close(alone(*given).regress, made(*given).regress)
+    code = ast.parse((tmp_path / "drafter" / "_modeling_fspad.py").read_text(encoding="utf-8"))
+    sources = {node.module.partition(".")[0] for node in ast.walk(code) if isinstance(node, ast.ImportFrom)}
+    assert sources == {"__future__", "dataclasses", "typing", "torch", "transformers"}
 
 
 def test_without_both_parts_it_is_eagle_s() -> None:
@@ -361,23 +367,24 @@ def test_the_output_of_a_trained_pair_is_greedy_s_in_fewer_forwards(
 @pytest.mark.parametrize("kind", [(LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config)])
 def test_the_output_does_not_depend_on_the_drafter(kind: Any) -> None:
     model = target(*kind)
+    plain = generate(model, prompt(1), max_new_tokens=20)
     for config in ({}, {"feature_sampling": False}, {"partial_alignment": False, "intermediate_size": 8}):
         decoding = FSPADDecoding(drafter(model, **config), nodes=20)
-        assert torch.equal(generate(model, prompt(1), decoding), generate(model, prompt(1)))
+        assert torch.equal(generate(model, prompt(1), decoding, max_new_tokens=20), plain)
 
 
 def test_from_one_seed_sampling_draws_the_tokens_of_plain_sampling(pair: tuple[Any, Any]) -> None:
     """Every token is one draw from the target's own scores on its own text: the distribution is the target's."""
     model, made = pair
     decoding, outputs, given = FSPADDecoding(made), set(), 0
-    for seed in range(6):
+    for seed in range(4):
         settings = {"do_sample": True, "temperature": 0.8, "top_k": 12, "top_p": 0.95}
         found = generate(model, prompt(2), decoding, seed=seed, **settings)
         assert torch.equal(found, generate(model, prompt(2), seed=seed, **settings))
         outputs.add(tuple(found[0].tolist()))
         given += decoding.forwards
-    assert len(outputs) == 6
-    assert given < 6 * 30 / 1.3
+    assert len(outputs) == 4
+    assert given < 4 * 30 / 1.3
 
 
 def test_processors_see_the_text_of_each_token(pair: tuple[Any, Any]) -> None:
@@ -402,11 +409,11 @@ def test_it_ends_where_plain_decoding_does(pair: tuple[Any, Any]) -> None:
     model, made = pair
     decoding, ids = FSPADDecoding(made), prompt(4)
     plain = generate(model, ids)
-    for limit in (1, 2, 3, 6, 121):  # 128 positions
+    for limit in (1, 2, 3, 121):  # 128 positions
         settings: dict[str, Any] = {"max_new_tokens": limit}
         assert torch.equal(generate(model, ids, decoding, **settings), generate(model, ids, **settings))
         assert decoding.accepted == limit
-    for place in (3, 8, 12):
+    for place in (3, 12):
         settings = {"eos_token_id": int(plain[0, 7 + place])}
         assert torch.equal(generate(model, ids, decoding, **settings), generate(model, ids, **settings))
         settings = {"stopping_criteria": [Ends(plain[0, 6 + place : 8 + place].tolist())]}
