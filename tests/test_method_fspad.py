@@ -310,10 +310,10 @@ def paths(made: Any, features: Tensor, ids: Tensor, levels: int, top_k: int) -> 
     return found
 
 
-def test_a_tree_holds_the_likeliest_of_the_paths_that_the_drafter_gives_one_by_one(pair: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_tree_holds_the_likeliest_of_the_paths_that_the_drafter_gives_one_by_one(seed: int) -> None:
     """The text is read in two parts, as decoding does; levels see their ancestors alone."""
-    _, made = pair
-    draw = torch.Generator().manual_seed(3)
+    made, draw = drafter(target(), initializer_range=0.15), torch.Generator().manual_seed(seed)
     features, ids = torch.randn(5, 32, generator=draw), torch.randint(3, VOCAB, (5,), generator=draw)
     with torch.no_grad():
         drafting = FeatureDrafter(made)
@@ -321,12 +321,12 @@ def test_a_tree_holds_the_likeliest_of_the_paths_that_the_drafter_gives_one_by_o
         for _ in range(2):  # the second time behind another draft, of which nothing may be left
             draft = drafting.draft(int(ids[2]), levels=3, top_k=3, nodes=9, device=ids.device)
         drafting.read(features[3:], ids[3:])
-        draft = drafting.draft(int(ids[-1]), levels=3, top_k=3, nodes=9, device=ids.device)
-        every = paths(made, features, ids, 3, 3)
-    lines = [tuple(draft.ids[draft.sees[node]].tolist())[1:] for node in range(1, 9)]
-    assert set(lines) == {path for path, _ in sorted(every.items(), key=lambda one: -one[1])[:8]}
-    assert len(every) == 21
-    assert max(map(len, lines)) > 1
+        draft = drafting.draft(int(ids[-1]), levels=4, top_k=3, nodes=17, device=ids.device)
+        every = paths(made, features, ids, 4, 3)
+    lines = [tuple(draft.ids[draft.sees[node]].tolist())[1:] for node in range(1, 17)]
+    assert set(lines) == {path for path, _ in sorted(every.items(), key=lambda one: -one[1])[:16]}
+    assert len(every) == 30
+    assert max(map(len, lines)) > 2
 
 
 # ---------------------------------------------------------------------- decoding
@@ -430,6 +430,26 @@ def test_one_forward_of_the_target_a_draft(pair: tuple[Any, Any]) -> None:
     assert max(read) == 11
     assert made.training is False
     assert not model.model._forward_hooks
+
+
+def test_the_drafter_reads_the_target_s_features_of_what_was_accepted(pair: tuple[Any, Any]) -> None:
+    model, made = pair
+    read, original = list[tuple[Tensor, Tensor]](), FeatureDrafter.read
+
+    def kept(self: FeatureDrafter, features: Tensor, ids: Tensor) -> None:
+        read.append((features, ids))
+        original(self, features, ids)
+
+    decoding = FSPADDecoding(made)
+    with mock.patch.object(FeatureDrafter, "read", kept):
+        found = generate(model, prompt(1), decoding)
+    assert max(decoding.each) > 2
+    features, ids = (torch.cat(part) for part in zip(*read, strict=True))
+    assert torch.equal(ids, found[0, 1 : 1 + len(ids)])
+    assert len(ids) == found.shape[1] - 1 - decoding.each[-1]
+    with torch.no_grad():
+        states = model.model(found[:, : len(ids)]).last_hidden_state[0]
+    torch.testing.assert_close(features, states, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
