@@ -190,6 +190,9 @@ def test_prompts_are_not_learned_from_and_rows_without_labels_are(tmp_path: Path
     made, _ = testing.trainer(CASE, tmp_path, objective=FSPAD(noise=0.0), data=bare)
     made.train()
     assert logged[0] != logged[1] == made.state.log_history[0]["distill_loss"]
+    single, _ = testing.trainer(CASE, tmp_path, data=[{"input_ids": [5], "labels": [5]}] * 4)
+    single.train()
+    assert single.state.log_history[0]["distill_loss"] == 0
 
 
 def test_a_student_that_is_no_drafter_and_features_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ class FSPAD(Objective):
         drafted = step.run_student(
             grad=torch.is_grad_enabled(),
             input_ids=ids[:, 1:],
-            hidden_states=given[:, :-1],
+            hidden_states=given[:, :-1] if ids.shape[1] > 1 else None,  # of one token nothing is drafted
             attention_mask=(real[:, :-1] & real[:, 1:]).long(),
         )
         here = scored(_labels(signals.inputs), real)
