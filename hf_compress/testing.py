@@ -376,7 +376,8 @@ def value(case: Case, given: Signals) -> tuple[Tensor, dict[str, Tensor]]:
     step = _step(case, student, teacher)
     found = d.terms(d.Distiller([objective]), [needs], given, step, local, local)
     total = torch.stack([term.weight * term.value for term in found]).sum()
-    gradients = torch.autograd.grad(total, list(given.student.values()), allow_unused=True)
+    leaves = list(given.student.values())  # none of a method that runs the student itself
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
     pairs = zip(given.student, gradients, strict=True)
     return total.detach(), {name: torch.zeros(()) if g is None else g for name, g in pairs}
 

@@ -469,7 +469,7 @@ def everywhere(case: Case) -> bool:
 
 OWN_COLLATOR = "its rows come from a collator of its own"
 HEADLESS = of("acm", "ernie_tiny", "minilm", "features")
-STATES = of("ernie_tiny", "minilm", "features", "dmae")
+STATES = of("ernie_tiny", "minilm", "features", "dmae", "fspad")
 RULES = (
     Rule("accumulation, a short last window", related, "it relates what is in a batch", refused=False),
     Rule("two callbacks of ours", everywhere, "two DistillCallbacks on one Trainer"),
@@ -483,7 +483,7 @@ RULES = (
     Rule("padding left", of("dparallel", "alm", "swing"), OWN_COLLATOR, refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
     Rule("packed sequences", of("alm", "swing"), OWN_COLLATOR, refused=False),
-    Rule("packed sequences", of("minilm", "sstoken"), "takes a row of the batch for one document"),
+    Rule("packed sequences", of("minilm", "sstoken", "fspad"), "takes a row of the batch for one document"),
     Rule("data without labels", lambda case: not case.labelled, "its rows have none", refused=False),
     Rule("data without labels", HEADLESS, "do not teach the head. Add labels"),
     Rule("data without labels", of("multi_exit"), "every exit learns the labels, and the batch has none"),
@@ -491,7 +491,7 @@ RULES = (
     Rule("data without labels", of("ddk"), "evaluate needs a data set with labels"),
     Rule(
         "return_dict=False",
-        lambda case: case.pictures or case.task == "text-generation",
+        lambda case: case.pictures or (case.task == "text-generation" and case.method != "fspad"),
         "'tuple' object has no attribute 'last_hidden_state'",
     ),
     Rule(
@@ -513,6 +513,7 @@ RULES = (
         of("acm"),
         "'output:vit.layers.0.attention.v_proj.route'] carry no gradient",
     ),
+    Rule("the student without its adapters as teacher", of("fspad"), "must be the language model that the drafter was"),
     Rule("the student without its adapters as teacher", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
 )
 

@@ -66,6 +66,8 @@ INPUTS = {
     "stochastok": ("ids",),
     "sinkd": ("*_logits",),
     "pld": ("*_logits", "labels"),
+    "fspad": ("in/*", "w/*"),
+    "eagle_objective": ("predict_features", "target_features", "head_weight", "loss_mask"),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""
 

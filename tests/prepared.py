@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 from hf_compress_plugins.encoders.acm import acm
 from hf_compress_plugins.language.ddk import DDKConfig, domains
+from hf_compress_plugins.language.fspad import fspad
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_compress import testing
 
@@ -56,11 +57,17 @@ def with_privacy(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]
     return {"data_collator": collate}
 
 
+def drafter(student: PreTrainedModel) -> PreTrainedModel:
+    """Of the suite's teacher, whose features it learns; at the width of the teacher's weights its attention jumps."""
+    return fspad(testing.models("text-generation")[1], config={"initializer_range": 0.05})
+
+
 SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 == 0)
 
 PREPARED: Mapping[str, Mapping[str, Any]] = {
     "ddk": {"prepare": in_domains, "settings": {"K": 1}},
     "acm": {"student": acm, "elsewhere": frozenset({"cumulated", "gate_labels"})},
+    "fspad": {"student": drafter},
     "topkld": {"elsewhere": frozenset({"matrices", "quantize", "dequantize"})},
     "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
     "dmae": {"elsewhere": frozenset({"grid_positions"})},

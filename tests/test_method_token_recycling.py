@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from hf_compress.errors import ConfigurationError
+from hf_compress.tree_decoding import check_model
 
 VOCAB = 24
 SIZES: dict[str, Any] = {
@@ -322,7 +323,7 @@ def test_attention_that_takes_no_tree_is_refused() -> None:
     model = build("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ConfigurationError, match="set_attn_implementation"):
-        module._check_model(model, 9)
+        check_model("token_recycling", model, 9)
 
 
 def test_a_tree_out_of_order_or_with_too_many_ranks_is_refused() -> None:

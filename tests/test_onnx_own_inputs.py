@@ -11,6 +11,7 @@ import torch
 from hf_compress_plugins.decoding._modeling_masked_diffusion import MaskedDiffusionConfig, MaskedDiffusionForMaskedLM
 from hf_compress_plugins.generative._modeling_edm import EDMDenoiser, EDMDenoiserConfig
 from hf_compress_plugins.graphs._modeling_node_mlp import NodeMLPConfig, NodeMLPForSequenceClassification
+from hf_compress_plugins.language._modeling_fspad import FSPADDrafter, FSPADDrafterConfig
 from hf_compress_plugins.speech._modeling_codec import SpeechCodec, SpeechCodecConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -85,6 +86,9 @@ NETWORKS: dict[str, PreTrainedModel] = {
     ),
     "nodes": NodeMLPForSequenceClassification(NodeMLPConfig(features=7, num_labels=3)),
     "masked diffusion": MaskedDiffusionForMaskedLM(MaskedDiffusionConfig(vocab_size=50, hidden_size=16)),
+    "drafter": FSPADDrafter(
+        FSPADDrafterConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    ),
 }
 
 

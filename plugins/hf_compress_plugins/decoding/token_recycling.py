@@ -25,8 +25,7 @@ last node's candidates are kept, on every device.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +37,9 @@ from torch import Tensor
 
 from hf_compress.errors import ConfigurationError
 from hf_compress.registry import Method
+from hf_compress.tree_decoding import CachedModel, check_call, check_model, positions
 
+NAME = "token_recycling"
 CANDIDATES = 8
 """k, as in the paper."""
 
@@ -180,49 +181,6 @@ def step(scorer: Scorer, adjacency: Tensor, root: int, tree: Tree) -> tuple[list
     return ids[nodes].tolist(), int(predictions[nodes[-1]])
 
 
-class CachedModel:
-    """A causal LM with its key-value cache as a `Scorer`.
-
-    Args:
-        model: any causal LM that takes a 4-D mask, position ids and a dynamic cache of whole layers.
-        prompt: (1, time) ids; all but the last are read here.
-    """
-
-    def __init__(self, model: Any, prompt: Tensor) -> None:
-        from transformers import DynamicCache
-
-        self.model, self.cache, self.length = model, DynamicCache(config=model.config), prompt.shape[1] - 1
-        if self.length:
-            last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-            positions = torch.arange(self.length, device=prompt.device)[None]
-            model(input_ids=prompt[:, :-1], position_ids=positions, cache=self.cache, use_cache=True, **last)
-
-    def score(self, ids: Tensor, tree: Tree) -> Tensor:
-        """(node, vocab) logits; the cache holds the whole tree until `keep`."""
-        prefix = torch.ones(len(ids), self.length, dtype=torch.bool, device=ids.device)
-        sees = torch.cat([prefix, tree.sees], 1)[None, None]
-        mask = torch.zeros(sees.shape, dtype=self.model.dtype, device=ids.device)
-        output = self.model(
-            input_ids=ids[None],
-            attention_mask=mask.masked_fill(~sees, torch.finfo(mask.dtype).min),
-            position_ids=(self.length + tree.depths)[None],
-            cache=self.cache,
-            use_cache=True,
-        )
-        logits: Tensor = output.logits[0]
-        return logits
-
-    def keep(self, nodes: Tensor) -> None:
-        """Moves the keys and values of those nodes behind the prefix and drops the other nodes'."""
-        end = self.length + len(nodes)
-        for layer in self.cache.layers:
-            for name in ("keys", "values"):
-                states = getattr(layer, name)
-                states[:, :, self.length : end] = states[:, :, self.length + nodes.to(states.device)]
-                setattr(layer, name, states[:, :, :end])
-        self.length = end
-
-
 class TokenRecycling:
     """What `generate(custom_generate=…)` calls; keeps its adjacency matrix between calls, for one vocabulary.
 
@@ -257,10 +215,10 @@ class TokenRecycling:
             ConfigurationError: for more than one row, padding, other inputs than ids, what is not greedy decoding or
                 returns more than ids, a model whose attention a tree does not fit, or a matrix of another vocabulary.
         """
-        _check_model(model, generation_config.max_length)
-        _check_call(input_ids, logits_processor, generation_config, kwargs)
+        check_model(NAME, model, generation_config.max_length)
+        check_call(NAME, input_ids, logits_processor, generation_config, kwargs)
         adjacency, tree = self._matrix(model), self.tree.to(model.device)
-        limit = _positions(model)
+        limit = positions(model)
         scorer = CachedModel(model, input_ids.to(model.device))
         self.forwards = self.accepted = 0
         sequence, root = input_ids, int(input_ids[0, -1])
@@ -312,79 +270,6 @@ class TokenRecycling:
             )
         self.adjacency = self.adjacency.to(model.device)
         return self.adjacency
-
-
-def _positions(model: Any) -> int:
-    """How many positions behave as in a shorter text: all that a model has, or those before its frequencies change."""
-    config = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None) or 2**31
-    return min(limit, _frequencies_until(config))
-
-
-def _check_call(input_ids: Tensor, logits_processor: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
-    cache, mask, positions = (kwargs.get(name) for name in ("cache", "attention_mask", "position_ids"))
-    known = ("cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep")
-    others = [name for name, value in kwargs.items() if name not in known and value is not None]
-    processors = [type(processor).__name__ for processor in logits_processor or ()]
-    mode = config.get_generation_mode().value
-    usual = positions is None or torch.equal(positions.cpu(), torch.arange(input_ids.shape[1])[None])
-    if mode != "greedy_search":
-        problem = f"{mode}. Pass do_sample=False and num_beams=1"
-    elif len(input_ids) != 1:
-        problem = f"{len(input_ids)} rows. Generate them one by one; the matrix is kept"
-    elif not input_ids.shape[1] or others:
-        problem = f"inputs besides ids ({', '.join(others) or 'no ids'})"
-    elif not usual or (mask is not None and not bool(mask.bool().all())):
-        problem = "padding, masked tokens or position_ids of your own. Pass the row without padding"
-    elif processors:
-        problem = f"logits processors: {', '.join(processors)}. Unset what asks for them, such as a penalty"
-    elif config.return_dict_in_generate:
-        problem = "return_dict_in_generate=True. It returns ids alone"
-    elif getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length()):
-        problem = "a cache of your own. It starts with an empty one and does not return it"
-    else:
-        return
-    raise ConfigurationError(
-        f"token_recycling: greedy decoding of one row, got {problem}. Or leave custom_generate out."
-    )
-
-
-def _check_model(model: Any, longest: int) -> None:
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    config = model.config.get_text_config(decoder=True)
-    lacking = {"attention_mask", "position_ids", "cache"} - set(inspect.signature(type(model).forward).parameters)
-    if model.config.is_encoder_decoder:
-        problem = "has an encoder"
-    elif lacking:
-        problem = f"takes no {' and no '.join(sorted(lacking))}"
-    elif getattr(config, "alibi", False):
-        problem = "takes positions from the mask (alibi)"
-    elif config._attn_implementation not in ("sdpa", "eager"):
-        problem = f"runs {config._attn_implementation} attention, which takes no tree; set_attn_implementation('sdpa')"
-    elif "local" in getattr(config, "attention_layers", ()) or any(
-        type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers
-    ):
-        problem = "has layers that keep no whole cache: a sliding window, chunks or a recurrent state"
-    elif longest > (limit := _frequencies_until(config)):
-        problem = f"changes its rotary frequencies behind {limit} tokens, and {longest} were asked for"
-    else:
-        return
-    raise ConfigurationError(
-        f"token_recycling: {type(model).__name__} {problem}, so its output would not be that of greedy decoding. "
-        "Leave custom_generate out."
-    )
-
-
-def _frequencies_until(config: Any) -> int:
-    """Tokens up to which the rotary frequencies do not depend on the length."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = [
-        kind.get("original_max_position_embeddings") or config.max_position_embeddings
-        for kind in (rope, *rope.values())
-        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(limits, default=2**31)
 
 
 METHOD = Method(
