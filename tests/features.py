@@ -371,7 +371,7 @@ def tuples(case: Case, folder: Path) -> None:
 def from_disk(case: Case, folder: Path) -> None:
     stored = folder / "cache"
     first = run(case, folder, max_steps=2, learning_rate=0.0, wrap=lambda teacher: cache.CacheTeacher(stored, teacher))
-    tolerance = 2e-2 if case.method in JUMPING else 1e-3  # float16 on disk
+    tolerance = 2e-2 if case.method in JUMPING else 2e-3  # float16 on disk, at temperature 1
     assert_same(first, run(case, folder, max_steps=2, learning_rate=0.0), tolerance=tolerance)
     run(case, folder, wrap=lambda _: cache.CacheTeacher(stored))
 
@@ -478,7 +478,7 @@ RULES = (
     ),
     Rule(
         "teacher from a cache on disk",
-        of("dparallel", "gkd", "dmae", "aligndistil"),
+        of("dparallel", "dmae", "aligndistil"),
         "a method of this run changes the batch",
     ),
     Rule("teacher from a cache on disk", of("ernie_tiny", "minilm"), "cannot be cached, as it does not follow the"),
