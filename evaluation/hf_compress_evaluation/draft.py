@@ -48,8 +48,8 @@ class Size:
 
     layers: int = 2
     top_k: int = 64
-    steps: int = 150
-    batch: int = 8
+    steps: int = 300
+    batch: int = 4
     length: int = 128
     """Tokens of a row."""
     held_out: int = 24
@@ -57,8 +57,8 @@ class Size:
     prompts: int = 12
     prompt: int = 32
     new_tokens: int = 40
-    gamma: int = 4
-    learning_rate: float = 5e-4
+    gamma: int = 3
+    learning_rate: float = 1e-3
 
 
 TINY = Size(layers=1, top_k=8, steps=4, batch=4, length=24, held_out=3, prompts=2, prompt=8, new_tokens=8)
