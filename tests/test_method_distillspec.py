@@ -123,17 +123,25 @@ def test_the_draft_answers_from_its_own_distribution(tmp_path: Path) -> None:
 
 
 def test_answers_are_the_target_s_and_the_prompts_the_data_s() -> None:
-    target, data = testing.models(CASE.task)[1].train(), [row | {"domain": "a"} for row in prompted()]
-    found = answered(data, teacher=target, max_new_tokens=5, temperature=0.0, batch=3)
+    """Prompts of one and two tokens; the first answer ends with its second token, the others go on."""
+    target, data = testing.models(CASE.task)[1].train(), list[dict[str, Any]]()
+    for place, row in enumerate(testing.rows(CASE.task)):
+        prompt = 1 + place % 2
+        data.append(row | {"labels": [-100] * prompt + row["input_ids"][prompt:], "domain": "a"})
+
+    def alone(row: dict[str, Any], prompt: int) -> list[int]:
+        ids = torch.tensor([row["input_ids"][:prompt]])
+        return target.eval().generate(ids, do_sample=False, max_new_tokens=5)[0].tolist()
+
+    target.generation_config.eos_token_id = alone(data[0], 1)[2]
+    found = answered(data, teacher=target.train(), max_new_tokens=5, temperature=0.0, batch=3)
     assert target.training
-    for row, before in zip(found, data, strict=True):
-        prompt = before["input_ids"][:2]
-        alone = target.eval().generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=5)[0].tolist()
-        answer = row["input_ids"][2:]
-        assert [*prompt, *answer] == alone[: 2 + len(answer)]
-        assert row["labels"] == [-100, -100, *answer]
+    for place, (row, before) in enumerate(zip(found, data, strict=True)):
+        prompt = 1 + place % 2
+        assert row["input_ids"] == alone(before, prompt)
+        assert row["labels"] == [-100] * prompt + row["input_ids"][prompt:]
         assert row["domain"] == "a"
-        assert 1 <= len(answer) <= 5
+    assert len(found[0]["input_ids"]) == 3 < max(map(len, found["input_ids"]))
     drawn = [answered(data, teacher=target, max_new_tokens=5, seed=seed)["input_ids"][:] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert METHOD.preparation is answered

@@ -214,9 +214,8 @@ class _Watch(BaseStreamer):  # type: ignore[misc]  # transformers is not typed f
         same = 0
         while same < min(len(kept), len(self._drafted)) and kept[same] == self._drafted[same]:
             same += 1
-        refused = same < len(self._drafted) and same < len(kept)  # an accepted end leaves later ones undecided
         self.tokens += len(kept)
-        self.tried += same + refused
+        self.tried += same + (same < len(self._drafted))  # the next was rejected: a draft stops at its end
         self.accepted += same
 
     def end(self) -> None:
