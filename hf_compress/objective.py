@@ -247,7 +247,7 @@ class Objective(nn.Module):
         """At the end of training, before the distiller leaves the student."""
 
     def overrides(self, method: str) -> bool:
-        """Whether this class defines that method itself."""
+        """Whether this class defines that method itself; one whose settings leave it unused may say no."""
         return getattr(type(self), method) is not getattr(Objective, method)
 
 

@@ -1,4 +1,4 @@
-"""Batches that the student writes itself: its own continuations of the data's prompts, with labels to be scored.
+"""Batches that a model writes: continuations of the data's prompts, mostly the student's own, with labels to be scored.
 
 The prompt is what stands before a row's first label that is not -100. Prompts are padded on the left, as `generate`
 asks; labels end at the first end-of-sequence token, which is scored; the prompt never is. No gradient flows through
@@ -8,7 +8,7 @@ sampling.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,22 +73,46 @@ def rebuild(generated: Tensor, prompt_mask: Tensor, ends: Sequence[int]) -> Inpu
     }
 
 
+def mixed(inputs: Inputs, step: Step, part: float, *, temperature: float, max_new_tokens: int) -> Inputs:
+    """`on_policy` for a part of the batches: one draw a batch, the same on all ranks.
+
+    Args:
+        inputs: as `on_policy`; comes back as it is where the draw says so.
+        step: gives the draw too.
+        part: of the batches that the student answers, 0 … 1.
+        temperature: of the samples, above 0; they are of the student's whole distribution, without top-k or top-p.
+        max_new_tokens: of an answer.
+
+    Raises:
+        MismatchError: as `prompts`.
+    """
+    if float(torch.rand((), generator=step.shared, device=step.shared.device)) >= part:
+        return inputs
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return on_policy(inputs, step, max_new_tokens=max_new_tokens, **sampling)
+
+
 def on_policy(inputs: Inputs, step: Step, **sampling: Any) -> Inputs:
-    """The batch with its answers replaced by the student's own.
+    """The batch with its answers replaced by the student's own: `written` by the student of a step."""
+    return written(inputs, unwrap(step.student), step.generate, **sampling)
+
+
+def written(inputs: Inputs, model: Any, generate: Callable[..., Tensor], **sampling: Any) -> Inputs:
+    """The batch with its answers replaced by a model's.
 
     Args:
         inputs: a batch of a causal or an encoder-decoder model.
-        step: gives the student and its `generate`.
+        model: whose end and padding tokens and inputs count.
+        generate: its `generate`, or one that calls it.
         sampling: settings of `generate`, e.g. do_sample, temperature, max_new_tokens.
 
     Returns:
-        the columns of `rebuild`, with position ids where the student takes them; for an encoder-decoder the encoder's
+        the columns of `rebuild`, with position ids where the model takes them; for an encoder-decoder the encoder's
         inputs and labels. Other columns that run along the old tokens are left out.
 
     Raises:
         MismatchError: as `prompts`.
     """
-    model = unwrap(step.student)
     settings = model.generation_config
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     ends = [end for end in ends if end is not None]
@@ -96,11 +120,11 @@ def on_policy(inputs: Inputs, step: Step, **sampling: Any) -> Inputs:
     sampling = {"pad_token_id": pad} | sampling
     if model.config.is_encoder_decoder:
         encoder = {k: v for k, v in inputs.items() if k != "labels" and not k.startswith("decoder_")}
-        generated = step.generate(**encoder, **sampling)
+        generated = generate(**encoder, **sampling)
         answer = rebuild(generated, torch.zeros_like(generated[:, :1]), ends)  # the first token starts the decoder
         return encoder | {"labels": answer["labels"][:, 1:].contiguous()}
     ids, mask = prompts(inputs, pad)
-    found = rebuild(step.generate(input_ids=ids, attention_mask=mask, **sampling), mask, ends)
+    found = rebuild(generate(input_ids=ids, attention_mask=mask, **sampling), mask, ends)
     if "position_ids" in inspect.signature(model.forward).parameters:
         found["position_ids"] = (found["attention_mask"].cumsum(1) - 1).clamp(min=0)
     along = inputs["input_ids"].shape

@@ -28,8 +28,8 @@ from hf_compress.testing import Case, weights_hash
 
 CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.cases()]
 LANGUAGE = ("fill-mask", "text-generation")
-JUMPING = {"sinkd": 2e-2, "swing": 2e-3}
-"""How far a teacher in float16 moves gradients that jump, where probabilities change order or noise leaves nothing."""
+JUMPING = {"sinkd"}
+"""Methods whose gradient jumps where two probabilities change order: a teacher that is rounded moves it further."""
 RANDOM = {"acm"}
 """Whose student draws in its own forward."""
 PREPARES = {name for name, found in PREPARED.items() if "prepare" in found}
@@ -389,7 +389,7 @@ def tuples(case: Case, folder: Path) -> None:
 def from_disk(case: Case, folder: Path) -> None:
     stored = folder / "cache"
     first = run(case, folder, max_steps=2, learning_rate=0.0, wrap=lambda teacher: cache.CacheTeacher(stored, teacher))
-    tolerance = JUMPING.get(case.method, 1e-3)  # float16 on disk
+    tolerance = 2e-2 if case.method in JUMPING else 2e-3  # float16 on disk, at temperature 1
     assert_same(first, run(case, folder, max_steps=2, learning_rate=0.0), tolerance=tolerance)
     run(case, folder, wrap=lambda _: cache.CacheTeacher(stored))
 
@@ -496,7 +496,7 @@ RULES = (
     ),
     Rule(
         "teacher from a cache on disk",
-        of("dparallel", "gkd", "dmae", "aligndistil"),
+        of("dparallel", "dmae", "aligndistil"),
         "a method of this run changes the batch",
     ),
     Rule("teacher from a cache on disk", of("ernie_tiny", "minilm"), "cannot be cached, as it does not follow the"),

@@ -15,7 +15,7 @@ from types import ModuleType
 import cases
 import families
 import features
-from hf_compress_evaluation import bench, claims, deployment, narrowing
+from hf_compress_evaluation import bench, claims, deployment, draft, narrowing
 from hf_compress_evaluation import gallery as students
 from hf_compress_evaluation.demo.summary import markdown
 
@@ -68,12 +68,13 @@ def lost(root: Path) -> str:
 
 
 def results(root: Path) -> str:
-    """The page of the results: benches, deployment, narrowing and claims."""
+    """The page of the results: benches, deployment, narrowing, a draft and claims."""
     page, text = root / "evaluation" / "README.md", None
     parts = {
         "bench": benched(root),
         "deployment": deployed(root),
         "narrowing": narrowed(root),
+        "draft": drafted(root),
         "claims": claimed(root),
     }
     for mark, made in parts.items():
@@ -106,6 +107,12 @@ def narrowed(root: Path) -> str:
     """The table of what width costs."""
     found = root / "evaluation" / "results" / "narrowing.json"
     return narrowing.markdown(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else ""
+
+
+def drafted(root: Path) -> str:
+    """The table of drafts of a real target."""
+    found = root / "evaluation" / "results" / "draft.json"
+    return draft.markdown(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else ""
 
 
 def benched(root: Path) -> str:

@@ -23,6 +23,11 @@ STATED: dict[str, tuple[str, float, str]] = {
     "kd": ("text-classification", 0.0, "itself"),
     "gkd": ("text-generation", 0.9876, "the divergence alone, bounded by log 2, and no loss of the task's own"),
     "features": ("text-classification", 0.5083, "hidden states instead of logits"),
+    "distillspec": (
+        "text-generation",
+        0.9800,
+        "the forward KL at temperature 1, without T² and the task's own loss",
+    ),
     "taid": ("text-generation", 0.9579, "towards a target between both models, and no loss of the task's own"),
     "adaspec": ("text-generation", 1.0032, "the four tenths of the tokens with the largest lead of the reference"),
     "ddk": ("text-generation", 0.2739, "temperature 10 of the authors, on rows drawn by domain"),

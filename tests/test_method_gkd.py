@@ -9,11 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from hf_compress_plugins.general import gkd as module
 from hf_compress_plugins.general.gkd import GKD, Divergence, gkd
 from scene import logits, rows, step
 from torch import Tensor
 
+from hf_compress import on_policy as module
 from hf_compress import testing
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import Signals, Step

@@ -86,6 +86,7 @@ SAMPLES: dict[str, tuple[dict[str, Any], str | None, float]] = {
     "cer": ({"predictions": SPOKEN[0], "references": SPOKEN[1]}, None, 14 / 41),
     "perplexity": ({"nats": [math.log(8), math.log(2)], "tokens": [3, 1]}, "perplexity", 2.0),
     "bits_per_byte": ({"nats": [math.log(8), math.log(2)], "bytes": [6, 2]}, "bits_per_byte", 0.5),
+    "acceptance_rate": ({"accepted": [2.5, 0.5], "tokens": [3, 1], "gamma": 2}, "block_efficiency", 1 + 3 / 4 + 9 / 16),
     "ndcg": (
         {"predictions": [[3.0, 2.0, 1.0], [1.0, 2.0]], "references": [[0, 1, 0], [0, 1]]},
         "ndcg",
@@ -98,7 +99,7 @@ SAMPLES: dict[str, tuple[dict[str, Any], str | None, float]] = {
         0.4775,
     ),
 }
-ROWS = ("predictions", "references", "nats", "tokens", "bytes")
+ROWS = ("predictions", "references", "nats", "accepted", "tokens", "bytes")
 
 
 def compute(name: str, **given: Any) -> Any:
@@ -467,6 +468,12 @@ def test_texts_that_cost_nothing_sensible_are_refused(name: str, unit: str) -> N
     for cost in (-1.0, math.nan, math.inf):
         with pytest.raises(NumericalError, match=f"{name}: row 0 cost"):
             compute(name, nats=[cost], **{unit: [1]})
+
+
+@pytest.mark.parametrize(("accepted", "tokens"), [([1.5], [1]), ([0.0], [0]), ([-0.5], [2]), ([math.nan], [2])])
+def test_more_accepted_tokens_than_there_are_or_none_at_all_are_refused(accepted: Any, tokens: Any) -> None:
+    with pytest.raises(MismatchError, match="acceptance_rate: row 1 has"):
+        compute("acceptance_rate", accepted=[1.0, *accepted], tokens=[2, *tokens])
 
 
 # --------------------------------------------------------------------------------------------------- rankings

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_compress.divergences import kl, log_probabilities, tvd
+from hf_compress.divergences import kl, log_probabilities
+from hf_compress_evaluation.speculative import acceptance
 
 from . import _training
 
@@ -106,7 +107,7 @@ def compare(student: LlamaForCausalLM, target: LlamaForCausalLM, data: Sequence[
     scored = wanted != -100
     p, q, wanted = p[scored], q[scored], wanted[scored]
     return {
-        "acceptance": float(1 - tvd(p, q).mean()),
+        "acceptance": float(acceptance(p.exp(), q.exp()).mean()),
         "greedy agreement": float((p.argmax(-1) == q.argmax(-1)).float().mean()),
         "KL(p‖q), nats": float(kl(p, q).mean()),
         "NLL, nats per character": float(-q.gather(1, wanted[:, None]).mean()),

@@ -15,6 +15,7 @@ offline. Where the online one needs a hub model or has no such name, the docstri
 | `sacrebleu`, `chrf` | 0 to 100 | sacrebleu |
 | `wer`, `cer` | errors for each word or character of the reference | jiwer |
 | `perplexity`, `bits_per_byte` | at least 1; bits | |
+| `acceptance_rate` | fraction, of a draft's tokens | |
 | `ndcg`, `mrr` | fractions | |
 | `mean_iou` | fractions | |
 
@@ -30,7 +31,7 @@ import evaluate
 from hf_compress.errors import UnknownNameError
 
 from .classes import F1, Accuracy, F1Macro, F1Micro, MatthewsCorrelation, Pearsonr, Spearmanr
-from .language import BitsPerByte, Perplexity
+from .language import AcceptanceRate, BitsPerByte, Perplexity
 from .rankings import Mrr, Ndcg
 from .segmentation import MeanIou
 from .spans import ExactMatch, Seqeval, Squad, entities
@@ -56,6 +57,7 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "cer": Cer,
     "perplexity": Perplexity,
     "bits_per_byte": BitsPerByte,
+    "acceptance_rate": AcceptanceRate,
     "ndcg": Ndcg,
     "mrr": Mrr,
     "mean_iou": MeanIou,

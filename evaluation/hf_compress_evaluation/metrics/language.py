@@ -5,6 +5,8 @@ of its tokens' cross-entropies in nats, e.g. `loss * scored_tokens`.
 
     perplexity     = exp( Σ nats / Σ tokens )
     bits per byte  = Σ nats / ( ln 2 · Σ bytes )       also between models of different vocabularies
+
+And how well a draft predicts what its target would say, from what `hf_compress_evaluation.speculative` gives.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import datasets
 import numpy as np
 
 from hf_compress.errors import MismatchError, NumericalError
+from hf_compress_evaluation.speculative import block_efficiency
 
 from ._base import Offline
 
@@ -60,6 +63,38 @@ class BitsPerByte(Offline):
     def score(self, *, nats: Sequence[float], bytes: Sequence[int]) -> dict[str, float]:
         _check("bits_per_byte", nats, bytes, "bytes")
         return {"bits_per_byte": sum(nats) / sum(bytes) / math.log(2)}
+
+
+class AcceptanceRate(Offline):
+    """Part of a draft's tokens that its target accepts in speculative decoding, 0 to 1 (arXiv:2211.17192).
+
+    Of `accepted` tokens, counted in a decode or the sum of their probabilities, and `tokens`, those that the target
+    decided on, of each text: `acceptance_rate` of the whole, `acceptance_rates` of each text, and `block_efficiency`,
+    tokens a call of the target when `gamma` are drafted and each is accepted with the probability of the whole. Ours.
+
+    >>> found = AcceptanceRate(keep_in_memory=True).compute(accepted=[3.0, 1.0], tokens=[4, 4], gamma=2)
+    >>> found["acceptance_rate"], found["acceptance_rates"], found["block_efficiency"]
+    (0.5, [0.75, 0.25], 1.75)
+    """
+
+    INPUTS = "accepted: tokens of the draft's that were accepted in each text; tokens: how many were decided on"
+    FEATURES = datasets.Features({"accepted": datasets.Value("float64"), "tokens": datasets.Value("int64")})
+
+    def score(
+        self, *, accepted: Sequence[float], tokens: Sequence[int], gamma: int = 5
+    ) -> dict[str, float | list[float]]:
+        for row, (part, whole) in enumerate(zip(accepted, tokens, strict=True)):
+            if not 0 <= part <= whole or whole < 1:
+                raise MismatchError(
+                    f"acceptance_rate: row {row} has {part} accepted tokens of {whole}. Drop texts in which none is "
+                    "decided on."
+                )
+        rate = sum(accepted) / sum(tokens)
+        return {
+            "acceptance_rate": rate,
+            "acceptance_rates": [part / whole for part, whole in zip(accepted, tokens, strict=True)],
+            "block_efficiency": block_efficiency(rate, gamma),
+        }
 
 
 def _check(metric: str, nats: Sequence[float], counts: Sequence[int], unit: str) -> None:

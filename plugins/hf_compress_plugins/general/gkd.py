@@ -23,13 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from hf_compress.divergences import check_temperature, jsd, log_probabilities, skew_kl, tvd
 from hf_compress.errors import ConfigurationError
 from hf_compress.objective import Inputs, Needs, Objective, Rows, Sizes, Step
-from hf_compress.on_policy import on_policy
+from hf_compress.on_policy import mixed
 from hf_compress.registry import Method
 
 Divergence = Literal["jsd", "tvd", "skew_kl", "skew_rkl"]
@@ -114,12 +113,19 @@ class GKD(Objective):
             return Needs()
         return Needs(mean_over="examples", rescored=True)
 
+    def overrides(self, method: str) -> bool:
+        """With λ = 0 batches stay as they are, so that a cache of the teacher's outputs holds for them."""
+        return super().overrides(method) and (method != "batch" or self.config.lmbda > 0)
+
     def batch(self, inputs: Inputs, step: Step) -> Inputs:
         settings = self.config
-        if float(torch.rand((), generator=step.shared, device=step.shared.device)) >= settings.lmbda:
-            return inputs
-        sampling = {"do_sample": True, "temperature": settings.sampling_temperature, "top_k": 0, "top_p": 1.0}
-        return on_policy(inputs, step, max_new_tokens=settings.max_new_tokens, **sampling)
+        return mixed(
+            inputs,
+            step,
+            settings.lmbda,
+            temperature=settings.sampling_temperature,
+            max_new_tokens=settings.max_new_tokens,
+        )
 
     def per_position(self, rows: Rows, step: Step) -> Tensor:
         assert rows.teacher_logits is not None  # tapped by default
