@@ -73,6 +73,12 @@ def rebuild(generated: Tensor, prompt_mask: Tensor, ends: Sequence[int]) -> Inpu
     }
 
 
+def ends_of(model: Any) -> list[int]:
+    """The ids of a model's end-of-sequence tokens, as its generation settings name them; none, one or several."""
+    found = model.generation_config.eos_token_id
+    return [end for end in (found if isinstance(found, list) else [found]) if end is not None]
+
+
 def on_policy(inputs: Inputs, step: Step, **sampling: Any) -> Inputs:
     """The batch with its answers replaced by the student's own.
 
@@ -89,10 +95,8 @@ def on_policy(inputs: Inputs, step: Step, **sampling: Any) -> Inputs:
         MismatchError: as `prompts`.
     """
     model = unwrap(step.student)
-    settings = model.generation_config
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    ends = [end for end in ends if end is not None]
-    pad = next((one for one in (settings.pad_token_id, *ends) if one is not None), 0)
+    ends = ends_of(model)
+    pad = next((one for one in (model.generation_config.pad_token_id, *ends) if one is not None), 0)
     sampling = {"pad_token_id": pad} | sampling
     if model.config.is_encoder_decoder:
         encoder = {k: v for k, v in inputs.items() if k != "labels" and not k.startswith("decoder_")}
