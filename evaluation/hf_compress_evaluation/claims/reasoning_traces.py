@@ -30,15 +30,16 @@ from hf_compress.objective import IGNORED
 
 from . import Claim, _training
 
-QUERIES, HELD_OUT, TEACHER_STEPS, STEPS, BATCH = 1200, 400, 900, 400, 32
-FILLER = ("well", "let me see", "hmm", "so far so good", "wait", "right", "as it was", "now then", "okay", "i think")
+QUERIES, HELD_OUT, STEPS, BATCH = 800, 400, 400, 32
+TEACHER = {"direct": (600, 64), "steps with filler": (300, 32), "consistent steps": (300, 32)}
+"""Optimizer steps and rows of each; the sum alone takes longest to learn, and its rows are short."""
 
 
-STYLES = ("direct", "steps with filler", "consistent steps")
+STYLES = tuple(TEACHER)
 
 
 def by_rule(style: str, a: int, b: int, draw: random.Random) -> str:
-    """The sum alone; or ones, tens with the carry and sum, with drawn phrases between or always in one form."""
+    """The sum alone; or ones, tens with the carry and sum, with drawn letters between or always in one form."""
     if style == "direct":
         return f"{a + b}"
     ones = a % 10 + b % 10
@@ -46,7 +47,8 @@ def by_rule(style: str, a: int, b: int, draw: random.Random) -> str:
     parts = (f"{a % 10}+{b % 10}={ones}", f"{a // 10}+{b // 10}+{ones // 10}={tens}", f"{a + b}")
     if style == "consistent steps":
         return ",".join(parts)
-    return " ".join(f"{' '.join(draw.sample(FILLER, draw.randint(1, 3)))} {part}" for part in parts)
+    words = ["".join(draw.choices(ascii_lowercase, k=draw.randint(3, 12))) for _ in parts]
+    return " ".join(f"{word} {part}" for word, part in zip(words, parts, strict=True))
 
 
 BUDGETS = ("equal examples", "equal tokens")
@@ -122,7 +124,8 @@ def written(names: Sequence[str]) -> list[dict[str, list[int]]]:
 @cache
 def teacher(name: str) -> LlamaForCausalLM:
     """Two layers of width 96 that have learned to answer in one style."""
-    return trained(model(width=96, layers=2, seed=7), written([name]), steps=TEACHER_STEPS, seed=7, batch=64)
+    count, batch = TEACHER[name]
+    return trained(model(width=96, layers=2, seed=7), written([name]), steps=count, seed=7, batch=batch)
 
 
 @cache
@@ -132,11 +135,11 @@ def traces() -> Dataset:
         {"query": f"{a}+{b}=", "category": "mathematics", "reference": str(a + b)}
         for a, b in pairs()[HELD_OUT : HELD_OUT + QUERIES]
     ]
-    reader = trained(model(width=64, layers=2, seed=8), written(list(STYLES)), steps=400, seed=8, batch=BATCH)
+    reader = trained(model(width=64, layers=2, seed=8), written(list(STYLES)), steps=300, seed=8, batch=BATCH)
     sources = [
         Source(
             name=name.replace(" ", "-"),
-            teacher=Sampled(teacher(name), tokenizer(), max_new_tokens=140, temperature=0.8, top_p=1.0),
+            teacher=Sampled(teacher(name), tokenizer(), max_new_tokens=80, temperature=0.8, top_p=1.0),
             licence="cc0-1.0",
             batch=200,
         )
@@ -148,7 +151,7 @@ def traces() -> Dataset:
             sources=sources,
             folder=folder,
             scorer=Scorer(reader, tokenizer(), name="a model of all styles", batch=64),
-            config=TracesConfig(thinking=None),
+            config=TracesConfig(thinking=None, most_tries=32),
             progress=False,
         )
 
@@ -166,7 +169,7 @@ def accuracy(student: LlamaForCausalLM) -> float:
     ids = torch.tensor([tokenizer()(f"{a}+{b}=")["input_ids"] for a, b in asked])
     with torch.no_grad():
         found = student.eval().generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=140, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=80, pad_token_id=0
         )
     texts = tokenizer().batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
     right = [mathematics(text, {"reference": a + b}) for text, (a, b) in zip(texts, asked, strict=True)]
@@ -203,10 +206,10 @@ CLAIM = Claim(
     published="Students of Qwen2.5-32B on AIME2024: 84.3 from AM-Thinking-v1's answers, the most of three sources that "
     "were verified alike; it has the lowest mean perplexity and the largest spread of lengths.",
     check="Sums of two numbers of two digits, by characters. Three teachers, each a model of 2 layers of width 96 "
-    f"trained for {TEACHER_STEPS} steps on rows that a rule wrote in one style: the sum alone; ones, tens and sum with "
-    f"drawn phrases between; the same in one form. Each answers {QUERIES} other queries, sampled at 0.8, until it is "
-    "verified, up to 8 times. Perplexity under one model that has read all three styles. Student: 2 layers of width 48 "
-    f"from random weights on the queries that all three have answered: {STEPS} steps of {BATCH} rows, or as many "
+    "trained for 600, 300 and 300 steps on rows that a rule wrote in one style: the sum alone; ones, tens and sum with "
+    f"drawn letters between; the same in one form. Each answers {QUERIES} other queries, sampled at 0.8, until it is "
+    "verified, up to 32 times. Perplexity under one model that has read all three styles. Student: 2 layers of width "
+    f"48 from random weights on the queries that all three have answered: {STEPS} steps of {BATCH} rows, or as many "
     f"characters of answers as the consistent steps have in that time. {HELD_OUT} held-out sums.",
     expected="A score of 1 for all sources; the most right with the consistent steps, and ranks of accuracy that "
     "follow perplexity more than length. It fails if all three give the same accuracy.",
