@@ -283,7 +283,7 @@ def test_what_tokens_do_is_told_by_how_tokenizers_mark_words() -> None:
 def test_spans_of_a_chunker_are_aligned_to_tokens() -> None:
     """“the zebra” is a span, though a word is five tokens; what is outside has none; the prompt has no label."""
     tokenizer, text = tiny_tokenizer(), "a film the zebra bad"
-    data = Dataset.from_list([{"text": text, "asked": "a film"}])
+    data = Dataset.from_list([{"text": text, "asked": "a film "}])
     made = with_spans(data, tokenizer=tokenizer, max_length=12, prompt="asked", chunker=lambda _: [(7, 16)])[0]
     assert made["span_ids"] == [-1, -1, -1, 0, 0, 0, 0, 0, 0, -1, -1, -1]
     assert [label == IGNORED for label in made["labels"]] == [True] * 3 + [False] * 8 + [True]
@@ -376,21 +376,29 @@ def test_the_band_alone_is_taken_in_chunks_and_learns_beside_the_student(tmp_pat
 
 
 def test_spans_of_the_data_come_from_its_column(tmp_path: Path) -> None:
-    """One span a row joins all neighbours, none joins nothing."""
+    """One span a row joins all neighbours, none joins nothing, and of one pair a row the mean is that pair's."""
     found = {}
-    for number in (0, -1):
+    for number in (0, -1, 1):
 
         def collate(batch: list[dict[str, Any]], number: int = number) -> Inputs:
             made = testing.collate(batch)
-            return made | {"span_ids": torch.full_like(made["input_ids"], number)}
+            spans = torch.full_like(made["input_ids"], min(number, 0))
+            if number == 1:
+                spans = -1 - torch.zeros_like(spans)
+                spans[:, 1:3] = 5
+            return made | {"span_ids": spans}
 
-        method = SemanticRevision(revised=0, dac_weight=0)
+        method = Kept(revised=0, dac_weight=0)
         case = testing.Case("semantic_revision", CASE.task, prepare=lambda *_: {"data_collator": collate})
         trainer, _ = testing.trainer(case, tmp_path, objective=method)
         trainer.train()
         found[number] = trainer.state.log_history[0]["distill/semantic_revision.span"]
     assert found[0] > 0
     assert found[-1] == 0
+    first = [
+        taps["logits"].detach()[:, :2].softmax(-1).prod(1) for taps in (Kept.signals.student, Kept.signals.teacher)
+    ]
+    assert found[1] == pytest.approx((first[0] - first[1]).norm(dim=-1).mean().item(), rel=1e-5)
     trainer, _ = testing.trainer(testing.Case("semantic_revision", CASE.task), tmp_path, objective=method)
     with pytest.raises(MismatchError, match=r"lacks \['span_ids'\]"):
         trainer.train()
