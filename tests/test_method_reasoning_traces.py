@@ -228,6 +228,16 @@ def test_a_wrong_answer_is_asked_again_until_one_is_right(tmp_path: Path) -> Non
     assert told["tries_cut"] == 0
 
 
+def test_a_score_just_below_the_threshold_is_asked_again_and_one_on_it_is_taken(tmp_path: Path) -> None:
+    scores = iter([0.89, 0.9])
+    answers = Answers()
+    data = collect(
+        tmp_path, Source(name="a", teacher=answers), data=queries(1), verifiers={"mathematics": lambda *_: next(scores)}
+    )
+    assert answers.asked == {"0+0=": 2}
+    assert (data[0]["tries"], data[0]["score"]) == (2, 0.9)
+
+
 def test_a_killed_collection_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
     """The line that the kill has torn is asked again; all others are there."""
 
