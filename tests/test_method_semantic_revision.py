@@ -207,7 +207,7 @@ def test_an_excluded_token_gives_no_nan() -> None:
 def test_a_band_begins_nearly_as_wide_as_the_distribution_and_reads_no_gradient() -> None:
     torch.manual_seed(0)
     log_p, log_q = ordered(logits(50, 80, 0).requires_grad_(), logits(50, 80, 1))
-    lower, upper = Band(64)(log_p, log_q)
+    lower, upper = Band()(log_p, log_q)
     assert lower.tolist() == pytest.approx([START[0]] * 50, abs=0.02)
     assert upper.tolist() == pytest.approx([START[1]] * 50, abs=0.02)
     assert (lower <= upper).all()

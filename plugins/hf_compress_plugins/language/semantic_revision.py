@@ -244,24 +244,21 @@ def dac_kl(log_p: Tensor, log_q: Tensor, log_m: Tensor, *, form: Form) -> Tensor
 
 
 class Band(nn.Module):
-    """f_sub: where the band of a position lies.
+    """f_sub: where the band of a position lies. A smaller vocabulary reads as one with tokens that are excluded."""
 
-    Args:
-        width: tokens that it reads.
-    """
-
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.width = width
-        self.hidden, self.out = nn.Linear(2 * width, WIDTH), nn.Linear(WIDTH, 2)
+        self.hidden, self.out = nn.Linear(2 * WIDTH, WIDTH), nn.Linear(WIDTH, 2)
         nn.init.normal_(self.out.weight, std=1e-3)
         with torch.no_grad():
             self.out.bias.copy_(torch.tensor(START).logit())
 
     def forward(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """(position,) l and u, 0 … 1, from (position, vocab) log-probabilities in the teacher's order."""
-        read = torch.cat([one.detach()[:, : self.width] for one in (log_p, log_q)], -1).clamp(min=LEAST_LOG)
-        ends = self.out(self.hidden(read.to(self.out.weight.dtype)).relu()).sigmoid()
+        lacking = max(WIDTH - log_p.shape[-1], 0)
+        read = [F.pad(one.detach()[:, :WIDTH], (0, lacking), value=LEAST_LOG) for one in (log_p, log_q)]
+        features = torch.cat(read, -1).clamp(min=LEAST_LOG).to(self.out.weight.dtype)
+        ends = self.out(self.hidden(features).relu()).sigmoid()
         return ends.amin(-1), ends.amax(-1)
 
 
@@ -363,7 +360,7 @@ class SemanticRevision(Objective):
         return Needs(columns=columns, mean_over="examples", rescored=self.config.revised > 0)
 
     def build(self, student: Shapes, teacher: Shapes) -> None:
-        self.band = Band(min(WIDTH, student["logits"][-1], teacher["logits"][-1]))
+        self.band = Band()
 
     def batch(self, inputs: Inputs, step: Step) -> Inputs:
         settings = self.config
