@@ -128,6 +128,7 @@ class Term:
     value: Tensor
     """(), divided by the window's denominator, without the objective's weight."""
     weight: float
+    """The objective's; 0 for a term that is logged alone."""
 
 
 def terms(
@@ -180,7 +181,8 @@ def terms(
                     "no weight was changed. Look at the teacher's outputs for this batch, or lower the learning rate."
                 )
             full = label if name == module.name else f"{label}.{name}"
-            found.append(Term(key=key, name=full, value=value / bottom, weight=module.weight))
+            weight = 0.0 if name in module.logged else module.weight
+            found.append(Term(key=key, name=full, value=value / bottom, weight=weight))
     return found
 
 

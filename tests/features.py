@@ -483,11 +483,21 @@ RULES = (
     Rule("padding left", of("dparallel", "alm", "swing"), OWN_COLLATOR, refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
     Rule("packed sequences", of("alm", "swing"), OWN_COLLATOR, refused=False),
-    Rule("packed sequences", of("minilm", "sstoken", "fspad"), "takes a row of the batch for one document"),
+    Rule(
+        "packed sequences",
+        of("minilm", "sstoken", "semantic_revision", "fspad"),
+        "takes a row of the batch for one document",
+    ),
     Rule("data without labels", lambda case: not case.labelled, "its rows have none", refused=False),
     Rule("data without labels", HEADLESS, "do not teach the head. Add labels"),
     Rule("data without labels", of("multi_exit"), "every exit learns the labels, and the batch has none"),
     Rule("data without labels", of("sstoken"), "needs labels that are -100 on the prompt"),
+    Rule(
+        "compute_loss_func=callback.loss(f)",
+        of("semantic_revision"),
+        "need labels that tell the prompt from the answer",
+    ),
+    Rule("data without labels", of("semantic_revision"), "need labels that tell the prompt from the answer"),
     Rule("data without labels", of("ddk"), "evaluate needs a data set with labels"),
     Rule(
         "return_dict=False",
@@ -496,7 +506,7 @@ RULES = (
     ),
     Rule(
         "teacher from a cache on disk",
-        of("dparallel", "dmae", "aligndistil"),
+        of("dparallel", "dmae", "aligndistil", "semantic_revision"),
         "a method of this run changes the batch",
     ),
     Rule("teacher from a cache on disk", of("ernie_tiny", "minilm"), "cannot be cached, as it does not follow the"),
@@ -507,7 +517,9 @@ RULES = (
     ),
     Rule("teacher from a cache on disk", of("ddk"), "a cache without its model cannot be run"),
     Rule("mean of two teachers", STATES, "use methods on logits alone"),
-    Rule("mean of two teachers", of("ddk"), "a method that calls the teacher itself needs one model"),
+    Rule(
+        "mean of two teachers", of("ddk", "semantic_revision"), "a method that calls the teacher itself needs one model"
+    ),
     Rule(
         "the student without its adapters as teacher",
         of("acm"),

@@ -44,6 +44,11 @@ STATED: dict[str, tuple[str, float, str]] = {
     ),
     "aligndistil": ("text-generation", 0.9833, "the reverse KL to a target beyond both frozen models"),
     "swing": ("text-generation", 0.9790, "flat and noisy where a token is private, and no loss of the task's own"),
+    "semantic_revision": (
+        "text-generation",
+        1.0111,
+        "a band of the distribution and words, on the student's own corrected answers",
+    ),
     "sstoken": ("text-generation", 0.7204, "the labels of six tenths of the tokens, without a teacher"),
     "minilm": ("fill-mask", 0.6703, "relations of queries, keys and values, beside the task's own loss"),
     "ernie_tiny": ("text-classification", 0.5106, "the last states and attentions, beside the task's own loss"),

@@ -26,9 +26,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from hf_compress import DistillCallback, files
+from hf_compress.bars import shown
 from hf_compress.errors import ForeignFileError, HfCompressError
 from hf_compress.facts import hardware, versions
-from hf_compress.fitting import shown, train_into, unfinished
+from hf_compress.fitting import train_into, unfinished
 from hf_compress.foreign import SAFE
 from hf_compress.shrinking import shrink
 from hf_compress.teachers.cache import CacheTeacher
