@@ -49,15 +49,15 @@ class Size:
 
     layers: int = 2
     top_k: int = 64
-    steps: int = 300
+    steps: int = 160
     batch: int = 4
     length: int = 128
     """Tokens of a row."""
     held_out: int = 24
     """Rows at the end of the text."""
-    prompts: int = 12
+    prompts: int = 8
     prompt: int = 32
-    new_tokens: int = 40
+    new_tokens: int = 32
     gamma: int = 3
     learning_rate: float = 1e-3
 
