@@ -30,6 +30,8 @@ CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.case
 LANGUAGE = ("fill-mask", "text-generation")
 RANDOM = {"acm"}
 """Whose student draws in its own forward."""
+SIGNED = {"mi_alpha"}
+"""Whose loss may be below 0, and is 0 for a batch of one row."""
 PREPARES = {name for name, found in PREPARED.items() if "prepare" in found}
 """Methods with data or a collator of their own."""
 
@@ -100,7 +102,8 @@ def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-6) -> N
             scale = float(step[name].abs().max())
             torch.testing.assert_close(gradient, step[name], rtol=0, atol=tolerance * scale + 1e-9, msg=name)
     np.testing.assert_allclose(found.logged("distill_loss"), expected.logged("distill_loss"), rtol=10 * tolerance)
-    assert min(found.logged("distill_loss")) > 0
+    logged = found.logged("distill_loss")
+    assert min(logged) > 0 or (method_of(found) in SIGNED and any(logged))
 
 
 def held(case: Case) -> Any:
@@ -466,8 +469,8 @@ def everywhere(case: Case) -> bool:
 
 
 OWN_COLLATOR = "its rows come from a collator of its own"
-HEADLESS = of("acm", "ernie_tiny", "minilm", "features")
-STATES = of("ernie_tiny", "minilm", "features", "dmae", "fspad")
+HEADLESS = of("acm", "ernie_tiny", "mi_alpha", "minilm", "features")
+STATES = of("ernie_tiny", "mi_alpha", "minilm", "features", "dmae", "fspad")
 RULES = (
     Rule("accumulation, a short last window", related, "it relates what is in a batch", refused=False),
     Rule("two callbacks of ours", everywhere, "two DistillCallbacks on one Trainer"),
@@ -476,6 +479,7 @@ RULES = (
     Rule("a subclass's own compute_loss", everywhere, "the Trainer did not use the loss with the distillation terms"),
     Rule("gradient checkpointing, reentrant", of("acm", "ernie_tiny", "minilm", "sstoken"), "carry no gradient"),
     Rule("LoRA student", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
+    Rule("LoRA student", of("mi_alpha"), "taps ['hidden:0'] carry no gradient"),
     Rule("LoRA student", of("acm"), "'output:vit.layers.0.attention.v_proj.route'] carry no gradient"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
     Rule("padding left", of("dparallel", "alm", "swing"), OWN_COLLATOR, refused=False),
@@ -524,6 +528,7 @@ RULES = (
         "'output:vit.layers.0.attention.v_proj.route'] carry no gradient",
     ),
     Rule("the student without its adapters as teacher", of("fspad"), "must be the language model that the drafter was"),
+    Rule("the student without its adapters as teacher", of("mi_alpha"), "taps ['hidden:0'] carry no gradient"),
     Rule("the student without its adapters as teacher", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
 )
 

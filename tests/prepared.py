@@ -85,6 +85,7 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
     "fspad": {"student": drafter},
     "topkld": {"elsewhere": frozenset({"matrices", "quantize", "dequantize"})},
     "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
+    "mi_alpha": {"elsewhere": frozenset({"hidden_loss", "logits_loss", "transport"})},
     "dmae": {"elsewhere": frozenset({"grid_positions"})},
     "dparallel": {
         "prepare": with_prompts,
