@@ -37,6 +37,9 @@ def sweep(
     learning_rates: Annotated[
         str | None, typer.Option(help="A list with commas, the same for each method; chosen on data.choice.")
     ] = None,
+    choose_once: Annotated[
+        bool, typer.Option("--choose-once", help="Try the rates with the first seed alone, the others at the chosen.")
+    ] = False,
     alone: Annotated[
         bool, typer.Option("--alone/--no-alone", help="Compare with training without the teacher.")
     ] = True,
@@ -64,15 +67,17 @@ def sweep(
         raise ConfigurationError(f"--learning-rates {learning_rates}: expected numbers, e.g. 2e-5,5e-5.") from error
     given = {"--methods": methods, "--seeds": seeds, "--learning-rates": learning_rates}
     told = [f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+    told += [*(["--choose-once"] if choose_once else []), *([] if alone else ["--no-alone"])]
     shared.quiet()
     swept = sweeping.run(
         read_recipe(recipe),
         entries.read(methods),
         seeds=seeds,
         learning_rates=rates,
+        choose_once=choose_once,
         alone=alone,
         output=output,
-        command=" ".join(["hf-compress sweep", shlex.quote(recipe.name), *told, *([] if alone else ["--no-alone"])]),
+        command=" ".join(["hf-compress sweep", shlex.quote(recipe.name), *told]),
         tell=shared.tell,
         progress=not as_json and sys.stderr.isatty(),
     )
