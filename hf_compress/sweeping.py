@@ -35,7 +35,7 @@ from .recipe import Export, Recipe, objectives
 
 logger = logging.getLogger(__name__)
 
-RESULT, BUDGET, ROWS = "sweep.json", "budget.json", "rows"
+RESULT, BUDGET, ROWS, CACHES = "sweep.json", "budget.json", "rows", "teacher-outputs"
 VERSION = 1
 
 
@@ -61,6 +61,7 @@ def run(
     seeds: int = 1,
     learning_rates: Sequence[float] = (),
     choose_once: bool = False,
+    cache: bool = False,
     alone: bool = True,
     output: Path | None = None,
     command: str = "hf-compress sweep",
@@ -75,6 +76,8 @@ def run(
         seeds: how many; the first is the recipe's, and each has a teacher of its own if the recipe trains it.
         learning_rates: each method has the same; chosen on data.choice. Empty: that of the recipe.
         choose_once: try the rates with the first seed alone, and the other seeds at the one that each method chose.
+        cache: run the teacher once for each row and method, and keep what it gave until the sweep is done. Of methods
+            that read hidden states this is large: some kilobytes for each token.
         alone: also train the student without the teacher, on the labelled rows for as many steps.
         output: folder; None: that of the recipe with "-sweep".
         command: for the record.
@@ -98,12 +101,14 @@ def run(
         seeds=range(recipe.seed, recipe.seed + seeds),
         rates=tuple(learning_rates) or (recipe.training.learning_rate,),
         choose_once=choose_once,
+        cache=cache,
         output=output or Path(f"{recipe.output}-sweep"),
         tell=tell,
     )
     sweep.check()
     with bars.bars(progress) as display:
         rows = list(sweep.rows(display))
+    shutil.rmtree(sweep.output / CACHES, ignore_errors=True)
     found = sweep.found(rows, command)
     files.write_text(sweep.output / RESULT, json.dumps(found, indent=1, allow_nan=False) + "\n")
     for name, render in tables.FORMATS.values():
@@ -131,6 +136,7 @@ class _Sweep:
     seeds: Sequence[int]
     rates: tuple[float, ...]
     choose_once: bool
+    cache: bool
     output: Path
     tell: ship.Tell
 
@@ -315,6 +321,7 @@ class _Sweep:
             taught=entry.taught,
             steps=self.steps,
             callbacks=[timed],
+            cache=self._cache_of(entry, work) if self.cache else None,
         )
         made = self._scored(work, student, tokenizer)
         made["label_loyalty"] = float(np.mean(np.equal(made["predictions"], teacher.predictions)))
@@ -324,6 +331,11 @@ class _Sweep:
         used = () if training is None else training.methods
         made["objectives"] = tuple(one.model_dump(mode="json", exclude={"citation"}) for one in used)
         return made | {"steps": timed.steps, "seconds": timed.seconds}
+
+    def _cache_of(self, entry: Entry, work: ship.Work) -> Path:
+        """One for each method, whose taps it holds, and for each teacher."""
+        teacher = "teacher" if self.recipe.teacher_training is None else work.output.name
+        return self.output / CACHES / teacher / _file_name(entry.name, None)
 
     def _scored(self, work: ship.Work, model: Any, tokenizer: Any) -> dict[str, Any]:
         rows = work.rows("test")

@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 from hf_compress import DistillCallback, bars, cli, entries, facts, fitting, sweeping
 from hf_compress.errors import ConfigurationError, ForeignFileError, HfCompressError, UnknownNameError
 from hf_compress.recipe import Recipe, read_recipe
+from hf_compress.teachers.cache import CacheTeacher
 
 METHODS = "kd:temperature=4,minilm:relation_heads=4"
 NAMES = ("alone", *METHODS.split(","))
@@ -137,6 +138,30 @@ def test_rates_are_tried_with_the_first_seed_alone_where_asked(recipe: Path, tmp
         assert runs == [(0, 1e-3), (0, 1e-6), (1, of(found, name)["learning_rate"])]
         assert of(found, name)["seeds"] == 2
     assert "choice rows with the first seed is shown" in (tmp_path / "made" / "sweep.md").read_text()
+
+
+def test_a_teacher_that_is_run_once_teaches_the_same(
+    recipe: Path, swept: sweeping.Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[tuple[str, Path]] = []
+    add = CacheTeacher._add
+
+    def counted(self: CacheTeacher, key: str, kept: Any) -> None:
+        filled.append((key, self.folder))
+        add(self, key, kept)
+
+    monkeypatch.setattr(CacheTeacher, "_add", counted)
+    cached = run(recipe, METHODS, tmp_path / "made", seeds=2, learning_rates=[1e-3, 2e-3], cache=True)
+    assert [one["error"] for one in cached.found["methods"]] == [None] * 4
+    for name in NAMES:
+        one, two = (
+            {run["seed"]: run for run in found["runs"] if (run["method"], run["learning_rate"]) == (name, 1e-3)}
+            for found in (swept.found, cached.found)
+        )
+        assert [run["accuracy"] for run in one.values()] == [run["accuracy"] for run in two.values()]
+    assert len(filled) == len(set(filled)) > 0
+    assert len({folder for _, folder in filled}) == 4  # two methods, two teachers
+    assert {path.name for path in (tmp_path / "made").iterdir() if path.is_dir()} == {"rows", "seed-0", "seed-1"}
 
 
 def test_a_seed_has_one_teacher_and_only_it_and_the_rows_are_kept(swept: sweeping.Swept) -> None:
