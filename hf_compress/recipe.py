@@ -195,7 +195,12 @@ def _model_at(kind: type[BaseModel], path: Sequence[int | str]) -> type[BaseMode
 
 
 def objectives(recipe: Recipe) -> list[Any] | None:
-    """The objectives that the recipe names; None for the default of the task.
+    """The objectives that the recipe names; None for the default of the task. Errors as `named`."""
+    return named(recipe.methods, recipe.task) or None
+
+
+def named(uses: Sequence[Use], task: str) -> list[Any]:
+    """Objectives by their names and settings.
 
     Raises:
         UnknownNameError: for a method that does not exist.
@@ -204,12 +209,12 @@ def objectives(recipe: Recipe) -> list[Any] | None:
     from . import registry
 
     made = []
-    for use in recipe.methods:
+    for use in uses:
         entry = registry.get(use.name)
-        if recipe.task not in entry.tasks:
+        if task not in entry.tasks:
             raise ConfigurationError(
-                f"recipe: method {use.name!r} is for {', '.join(entry.tasks)}, not for {recipe.task}. "
-                f"`hf-compress methods --task {recipe.task}` lists those that are."
+                f"recipe: method {use.name!r} is for {', '.join(entry.tasks)}, not for {task}. "
+                f"`hf-compress methods --task {task}` lists those that are."
             )
         settings = {key: tuple(item) if isinstance(item, list) else item for key, item in use.settings.items()}
         kind = registry.objective(use.name)
@@ -219,4 +224,4 @@ def objectives(recipe: Recipe) -> list[Any] | None:
             raise
         except (TypeError, ValueError, ArithmeticError) as error:  # a text where a number belongs, or one out of range
             raise ConfigurationError(f"recipe: method {use.name!r} does not take {settings}: {error}.") from error
-    return made or None
+    return made

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress import entries, files, ship, sweeping
-from hf_compress.errors import ConfigurationError
+from hf_compress.errors import ConfigurationError, UnknownNameError
 from hf_compress.recipe import Recipe
 from hf_compress_evaluation.demo.data import LABELS, LICENCE, Rows, load_sentiment
 from hf_compress_evaluation.demo.recipe import packaged
 from hf_compress_evaluation.examples import read_rows
+
+from . import _models
 
 RESULTS = Path("evaluation/results/encoders")
 """Where tables are kept, seen from the checkout."""
@@ -46,33 +48,56 @@ METHODS = (
     "multi_exit",
 )
 """Those that apply to a classifier: alone, and where they leave the logits out also beside kd."""
+BEST = ("kd", "kd+minilm", "kd+features", "taid")
+"""Of those the best on the choice rows of sentiment with the first seed, after kd."""
+TABLES = {
+    "sentiment": METHODS,
+    "two-layers": BEST,
+    "sarcasm": BEST,
+    "entities": BEST,
+    "embeddings": ("features", "minilm", "features+minilm"),
+}
+"""What each table compares by default."""
 LAYERS = {"sentiment": 3, "sarcasm": 3, "two-layers": 2}
 COUNTS = {"choice": 1000, "test": 3000, "train": 2000}
 Tell = Callable[[str], None]
 
 
-def classify(
+def make(
     name: str,
     output: Path,
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     headlines: Path | None = None,
     tell: Tell = print,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Runs what is missing of a table of classifiers; returns what its sweep found.
+    """Runs what is missing of a table; returns what is kept of it.
 
     Args:
-        name: of `LAYERS`.
+        name: of `TABLES`.
         output: folder of all tables; each teacher is trained once.
-        methods: as `hf-compress sweep` takes them, kd the first.
+        methods: as `hf-compress sweep` takes them; None: those of the table.
         headlines: for sarcasm, a csv file with columns text and label.
         tell: gets a line for each run.
         progress: show bars.
 
     Raises:
+        UnknownNameError: for another table.
         ConfigurationError: if the package with the encoder or the file of headlines is missing.
     """
+    if name not in TABLES:
+        raise UnknownNameError("table", name, TABLES)
+    methods = methods or TABLES[name]
+    if name in LAYERS:
+        return _classify(name, output, methods, headlines, tell, progress)
+    how = _models.entities if name == "entities" else _models.embeddings
+    return how(output / name, methods, RATES, range(SEEDS), tell, progress)
+
+
+def _classify(
+    name: str, output: Path, methods: Sequence[str], headlines: Path | None, tell: Tell, progress: bool
+) -> dict[str, Any]:
     data = "sarcasm" if name == "sarcasm" else "sentiment"
     recipe = _recipe(data, output, headlines)
     teacher = ship.Work(recipe, tell, progress)

@@ -10,24 +10,22 @@ import typer
 
 from hf_compress.errors import HfCompressError
 
-from . import METHODS, RESULTS, classify, keep
+from . import RESULTS, keep, make
 
 
 def main(
     name: Annotated[str, typer.Argument(help="sentiment, two-layers, sarcasm, entities or embeddings.")],
-    methods: Annotated[str, typer.Option(help="A list with commas, as hf-compress sweep takes it.")] = ",".join(
-        METHODS
-    ),
+    methods: Annotated[str | None, typer.Option(help="A list with commas, as hf-compress sweep takes it.")] = None,
     headlines: Annotated[Path | None, typer.Option(help="Rows of sarcasm: csv with text and label.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("encoders"),
     results: Annotated[Path, typer.Option(help="Where the table is kept.")] = RESULTS,
 ) -> None:
     """Compares methods on a real encoder: one table, kept as JSON."""
     try:
-        found = classify(
+        found = make(
             name,
             output.absolute(),
-            methods=methods.split(","),
+            methods=methods.split(",") if methods else None,
             headlines=headlines,
             tell=_tell,
             progress=sys.stderr.isatty(),

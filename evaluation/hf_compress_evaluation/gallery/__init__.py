@@ -92,7 +92,7 @@ def _entities(output: Path, tell: Tell, progress: bool) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(packaged())
     ids = dict(enumerate(_data.TAGS))
     label2id = {tag: index for index, tag in ids.items()}
-    train = _tagged(rows["train"], tokenizer, label2id)
+    train = tagged(rows["train"], tokenizer, label2id)
     collate = DataCollatorForTokenClassification(tokenizer)
     task = Task(
         task="token-classification",
@@ -112,7 +112,7 @@ def _entities(output: Path, tell: Tell, progress: bool) -> Path:
         for rate in RATES:
             if not (target := output / f"{name}-rates" / f"{rate:g}").exists():
                 tell(f"{name}: learning rate {rate:g}")
-                _fit(model(), tokenizer, train, collate, target, rate, 8.0, 16, callbacks(), progress)
+                fit(model(), tokenizer, train, collate, target, rate, 8.0, 16, callbacks(), progress)
             scores[rate] = _score(target, choice)
         rate = max(scores, key=lambda each: scores[each])
         tell(f"{name}: {rate:g} is the best of {scores}")
@@ -142,8 +142,8 @@ def _entities(output: Path, tell: Tell, progress: bool) -> Path:
     return _finish(student, task, gate, tell, progress, teacher=teacher, alone=alone)
 
 
-def _tagged(rows: datasets.Dataset, tokenizer: Any, label2id: Mapping[str, int]) -> datasets.Dataset:
-    """Ids, and the tag at the first token of each word; the others are passed over."""
+def tagged(rows: datasets.Dataset, tokenizer: Any, label2id: Mapping[str, int]) -> datasets.Dataset:
+    """Columns tokens and tags as ids, and the tag at the first token of each word; the others are passed over."""
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
         encoded = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=LENGTH)
@@ -201,7 +201,7 @@ def _embeddings(output: Path, tell: Tell, progress: bool) -> Path:
         )
         callbacks = [DistillCallback(big, data="sentences and words", data_licence="MIT")]
         collate = DataCollatorWithPadding(tokenizer)
-        _fit(small, tokenizer, train, collate, student, 2e-4, 2.0, 32, callbacks, progress)
+        fit(small, tokenizer, train, collate, student, 2e-4, 2.0, 32, callbacks, progress)
     tasks = [
         Task(
             task="sentence-similarity",
@@ -227,7 +227,7 @@ def _written(path: Path, rows: _data.Rows) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def _fit(
+def fit(
     model: Any,
     tokenizer: Any,
     train: datasets.Dataset,
@@ -238,7 +238,10 @@ def _fit(
     batch_size: int,
     callbacks: Sequence[Any],
     progress: bool,
+    *,
+    seed: int = 0,
 ) -> None:
+    """Trains a model into `target`; a killed run goes on from its last checkpoint."""
     arguments = TrainingArguments(
         str(unfinished(target)),
         learning_rate=rate,
@@ -251,11 +254,11 @@ def _fit(
         save_total_limit=1,
         logging_steps=50,
         report_to=[],
-        seed=0,
+        seed=seed,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    set_seed(0)
+    set_seed(seed)
     trainer = Trainer(
         model=model,
         processing_class=tokenizer,

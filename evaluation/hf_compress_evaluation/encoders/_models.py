@@ -1,0 +1,186 @@
+"""Tables of other heads than classifiers: entities in contracts, and embeddings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import (
+    AutoModel,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    set_seed,
+)
+
+from hf_compress import DistillCallback, files, shrink
+from hf_compress.entries import ALONE, read
+from hf_compress.recipe import named
+from hf_compress.teachers.cache import CacheTeacher
+from hf_compress_evaluation import gallery
+from hf_compress_evaluation.candidates import torch_candidate
+from hf_compress_evaluation.demo.recipe import packaged
+from hf_compress_evaluation.gallery import _data
+from hf_compress_evaluation.scoring import AUTO, scorer
+from hf_compress_evaluation.task import Task
+
+from ._grid import Columns, Kind, Scored, run, summarise
+
+LAYERS = 3
+ENTITY_EPOCHS, EMBEDDING_EPOCHS = 4.0, 1.0
+TEACHER_RATE, TEACHER_EPOCHS = 2e-4, 8.0
+TEXTS = 6000
+"""Sentences and words without labels that embeddings are taught on."""
+START = "start, not trained"
+Tell = Callable[[str], None]
+
+
+def entities(
+    output: Path, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int], tell: Tell, progress: bool
+) -> dict[str, Any]:
+    """Entity F1 on contracts; the teacher is trained once."""
+    rows = {part: _written(output / f"{part}.jsonl", each) for part, each in _data.contracts().items()}
+    tokenizer = AutoTokenizer.from_pretrained(packaged())
+    label2id = {tag: index for index, tag in enumerate(_data.TAGS)}
+    train = gallery.tagged(rows["train"], tokenizer, label2id)
+    collate = DataCollatorForTokenClassification(tokenizer)
+    task = Task(task="token-classification", data=str(output / "test.jsonl"), max_length=gallery.LENGTH)
+    choice = task.model_copy(update={"data": str(output / "choice.jsonl")})
+    teacher = output / "teacher"
+    if not teacher.exists():
+        tell("teacher")
+        set_seed(0)  # the head is new
+        whole = AutoModelForTokenClassification.from_pretrained(
+            packaged(), id2label=dict(enumerate(_data.TAGS)), label2id=label2id
+        )
+        gallery.fit(whole, tokenizer, train, collate, teacher, TEACHER_RATE, TEACHER_EPOCHS, 16, [], progress)
+
+    def scored(folder: Path) -> Scored:
+        return Scored(
+            choice=_value(folder, choice, "seqeval_f1"),
+            figures={"seqeval_f1": _columns(folder, task, "seqeval_f1", "share")},
+        )
+
+    def made(method: str, rate: float, seed: int, target: Path) -> Scored:
+        big = AutoModelForTokenClassification.from_pretrained(teacher)
+        callbacks = [] if method == ALONE else [_distilling(method, task.task, big, output)]
+        small = shrink(AutoModelForTokenClassification.from_pretrained(teacher), layers=LAYERS)
+        gallery.fit(
+            small, tokenizer, train, collate, target, rate, ENTITY_EPOCHS, 16, callbacks, progress, seed=seed
+        )  # fmt: skip
+        return scored(target)
+
+    found = run([ALONE, *methods], output, rates=rates, seeds=seeds, made=made, tell=tell)
+    return summarise(found, {"teacher": scored(teacher)}, about=_about("entities", rows, ENTITY_EPOCHS))
+
+
+def embeddings(
+    output: Path, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int], tell: Tell, progress: bool
+) -> dict[str, Any]:
+    """Similarity to the teacher's embeddings, and the order of word pairs as people see it; without labels."""
+    texts = _data.texts()
+    shuffled = datasets.Dataset.from_list(texts["train"]).shuffle(seed=0).select(range(TEXTS))
+    rows = {"train": shuffled, "choice": datasets.Dataset.from_list(texts["choice"])}
+    for name, each in _data.pairs().items():
+        _written(output / f"{name}.jsonl", each)
+    held = [{"sentence1": a["text"], "sentence2": b["text"]} for a, b in zip(*_halves(texts["choice"]), strict=True)]
+    _written(output / "choice.jsonl", held)
+    tokenizer = AutoTokenizer.from_pretrained(packaged())
+    teacher, start = output / "teacher", output / "start"
+    for folder, model in ((teacher, AutoModel.from_pretrained), (start, _half)):
+        if not folder.exists():
+            with files.atomic_folder(folder) as part:
+                model(packaged()).save_pretrained(part)
+                tokenizer.save_pretrained(part)
+                files.readable(part)
+    train = shuffled.map(
+        lambda batch: dict(tokenizer(batch["text"], truncation=True, max_length=64, padding=False)),
+        batched=True,
+        remove_columns=["text"],
+    )
+    tasks = {name: Task(task="sentence-similarity", data=str(output / f"{name}.jsonl")) for name in _data.PAIRS}
+    near = Task(task="sentence-similarity", data=str(output / "choice.jsonl"), label=None)
+
+    def scored(folder: Path) -> Scored:
+        own, theirs = (_said(each, near) for each in (folder, teacher))
+        cosines = _scorer("sentence-similarity", folder).likeness(own, theirs)["teacher_cosine"].of
+        figures = {"teacher_cosine": Columns.of("average", cosines)}
+        figures |= {name: _columns(folder, task, "spearmanr", "spearman") for name, task in tasks.items()}
+        return Scored(choice=float(cosines.of(*cosines.columns)), figures=figures)
+
+    def made(method: str, rate: float, seed: int, target: Path) -> Scored:
+        callbacks = [_distilling(method, "feature-extraction", AutoModel.from_pretrained(teacher), output)]
+        collate = DataCollatorWithPadding(tokenizer)
+        gallery.fit(
+            _half(packaged()), tokenizer, train, collate, target, rate, EMBEDDING_EPOCHS, 32, callbacks, progress,
+            seed=seed,
+        )  # fmt: skip
+        return scored(target)
+
+    found = run(methods, output, rates=rates, seeds=seeds, made=made, tell=tell)
+    others = {"teacher": scored(teacher), START: scored(start)}
+    return summarise(found, others, about=_about("embeddings", rows, EMBEDDING_EPOCHS))
+
+
+def _half(folder: Path) -> Any:
+    return shrink(AutoModel.from_pretrained(folder), layers=LAYERS)
+
+
+def _halves(rows: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    middle = len(rows) // 2
+    return rows[:middle], rows[middle : 2 * middle]
+
+
+def _distilling(method: str, task: str, teacher: Any, output: Path) -> DistillCallback:
+    """With the teacher's outputs on disk, once for each method."""
+    (entry,) = read(method)
+    cached = CacheTeacher(output / "teacher-outputs" / method, teacher, dtype="float32")
+    return DistillCallback(cached, named(entry.uses, task), data_licence="MIT")
+
+
+def _written(path: Path, rows: Sequence[Any]) -> datasets.Dataset:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return datasets.Dataset.from_list(list(rows))
+
+
+def _about(name: str, rows: dict[str, Any], epochs: float) -> dict[str, Any]:
+    budget = {"epochs": epochs, "rows": {part: len(each) for part, each in rows.items()}, "layers": LAYERS}
+    return {"command": f"python -m hf_compress_evaluation.encoders {name}", "budget": budget}
+
+
+# ---------------------------------------------------------------------------------------------- scoring
+
+
+@cache
+def _loaded(folder: Path, task: str) -> Any:
+    return torch_candidate("student", folder, "cpu", AUTO[task])
+
+
+def _scorer(task: str, folder: Path) -> Any:
+    return scorer(task, _loaded(folder, task).model.config)
+
+
+def _said(folder: Path, task: Task) -> Any:
+    one, how = _loaded(folder, task.task), _scorer(task.task, folder)
+    return how.predict(one, how.load(task, one.model.config), task)
+
+
+def _figure(folder: Path, task: Task, name: str) -> Any:
+    one, how = _loaded(folder, task.task), _scorer(task.task, folder)
+    rows = how.load(task, one.model.config)
+    return how.figures(one, how.predict(one, rows, task), rows)[name].of
+
+
+def _value(folder: Path, task: Task, name: str) -> float:
+    figure = _figure(folder, task, name)
+    return float(figure.of(*figure.columns))
+
+
+def _columns(folder: Path, task: Task, name: str, kind: Kind) -> Columns:
+    return Columns.of(kind, _figure(folder, task, name))
