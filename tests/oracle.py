@@ -67,6 +67,11 @@ INPUTS = {
     "sinkd": ("*_logits",),
     "pld": ("*_logits", "labels"),
     "fspad": ("in/*", "w/*"),
+    "margin_mse": (
+        *("batch?.student_*", "batch?.teacher_*", "inter.student_*", "inter.teacher_*"),
+        *("st.query", "st.pos", "st.neg?", "st.teacher_scores"),
+    ),
+    "dear": ("b?n?.student", "b?n?.teacher", "slide.*.relevance"),
     "eagle_objective": ("predict_features", "target_features", "head_weight", "loss_mask"),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""
