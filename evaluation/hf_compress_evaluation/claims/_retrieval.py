@@ -117,7 +117,7 @@ def student(seed: int, *, apart: bool) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if apart:
-            return shrink(AutoModel.from_pretrained(folder, add_pooling_layer=False), layers=2, keep="first")
+            return shrink(AutoModel.from_pretrained(folder), layers=2, keep="first")
         whole = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
         return shrink(whole, layers=2, keep="first")
 
