@@ -172,7 +172,8 @@ def loss_on_logits(
                 divisor = None if share.divisor is None else share.divisor[place].to(value.dtype)
                 summed = value.sum() if divisor is None else (value / divisor).sum()
                 found[name] = found[name] + summed.detach() if name in found else summed.detach()
-                total = total + share.weight * summed
+                if name not in share.objective.logged:
+                    total = total + share.weight * summed
         if labels is not None:
             entropy = F.cross_entropy(logits.to(total.dtype), labels, reduction="sum")
             tasks.append(entropy.detach())

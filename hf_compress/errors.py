@@ -86,3 +86,7 @@ class UnknownNameError(HfCompressError, KeyError):
 
 class TeacherError(HfCompressError, RuntimeError):
     """A teacher on a server that cannot be asked or gives no targets, or one whose budget is spent."""
+
+
+class TruncatedError(TeacherError):
+    """An answer of a teacher on a server that was cut at its limit of tokens, or withheld: another try may be whole."""

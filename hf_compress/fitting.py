@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -28,6 +26,7 @@ from transformers import (
 )
 
 from . import files, foreign, trainer_log
+from .bars import Bars, bars
 from .objective import IGNORED
 from .recipe import Fitting
 
@@ -117,37 +116,6 @@ def train_into(trainer: Trainer, target: Path, *, progress: Bars = True) -> None
             trainer.processing_class.save_pretrained(part)
         files.readable(part)
     shutil.rmtree(work, ignore_errors=True)
-
-
-def bars(visible: bool) -> Progress:
-    """Progress bars on stderr, which go when they are done; several tasks may share one display."""
-    return Progress(
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not visible,
-    )
-
-
-Bars = bool | Progress
-"""Whether bars are shown, or the display of `bars` that a task is added to."""
-
-
-def visible(progress: Bars) -> bool:
-    """Whether a measurement may show a bar of its own, which a display that is shown already does not allow."""
-    return progress is True
-
-
-@contextmanager
-def shown(name: str, total: int, *, bar: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr; gives what to call after each of `total` steps."""
-    with bars(bar) as progress:
-        task = progress.add_task(name, total=total, loss="")
-        yield lambda: progress.advance(task)
 
 
 def unfinished(target: Path) -> Path:

@@ -180,6 +180,8 @@ class Objective(nn.Module):
     Config: ClassVar[type]
     task_weight: ClassVar[float | None] = None
     """The published weight of the task's own loss; None: no opinion."""
+    logged: ClassVar[frozenset[str]] = frozenset()
+    """Names of terms that are told in the logs and are no part of the loss, whatever the weight."""
 
     def __init__(self, config: Any = None, *, weight: float = 1.0, **settings: Any) -> None:
         super().__init__()

@@ -73,8 +73,13 @@ def rebuild(generated: Tensor, prompt_mask: Tensor, ends: Sequence[int]) -> Inpu
     }
 
 
+def drawn(step: Step, part: float) -> bool:
+    """Whether this batch is of a part of them, 0 … 1: one draw a batch, the same on all ranks."""
+    return float(torch.rand((), generator=step.shared, device=step.shared.device)) < part
+
+
 def mixed(inputs: Inputs, step: Step, part: float, *, temperature: float, max_new_tokens: int) -> Inputs:
-    """`on_policy` for a part of the batches: one draw a batch, the same on all ranks.
+    """`on_policy` for a part of the batches, as `drawn`.
 
     Args:
         inputs: as `on_policy`; comes back as it is where the draw says so.
@@ -86,10 +91,16 @@ def mixed(inputs: Inputs, step: Step, part: float, *, temperature: float, max_ne
     Raises:
         MismatchError: as `prompts`.
     """
-    if float(torch.rand((), generator=step.shared, device=step.shared.device)) >= part:
+    if not drawn(step, part):
         return inputs
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return on_policy(inputs, step, max_new_tokens=max_new_tokens, **sampling)
+
+
+def ends_of(model: Any) -> list[int]:
+    """The ids of a model's end-of-sequence tokens, as its generation settings name them; none, one or several."""
+    found = model.generation_config.eos_token_id
+    return [end for end in (found if isinstance(found, list) else [found]) if end is not None]
 
 
 def on_policy(inputs: Inputs, step: Step, **sampling: Any) -> Inputs:
@@ -113,10 +124,8 @@ def written(inputs: Inputs, model: Any, generate: Callable[..., Tensor], **sampl
     Raises:
         MismatchError: as `prompts`.
     """
-    settings = model.generation_config
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    ends = [end for end in ends if end is not None]
-    pad = next((one for one in (settings.pad_token_id, *ends) if one is not None), 0)
+    ends = ends_of(model)
+    pad = next((one for one in (model.generation_config.pad_token_id, *ends) if one is not None), 0)
     sampling = {"pad_token_id": pad} | sampling
     if model.config.is_encoder_decoder:
         encoder = {k: v for k, v in inputs.items() if k != "labels" and not k.startswith("decoder_")}

@@ -53,11 +53,11 @@ class Ranking:
     """What a search found: configurations, best first."""
 
     configs: tuple[Mapping[str, Any], ...]
-    """Keywords of a student's config."""
+    """Keywords of a student's config, or settings of what trains it; the search says which."""
     scores: tuple[float, ...]
     """Higher is better; of each configuration."""
     build: Callable[[int], PreTrainedModel]
-    """Makes the student of a place in the ranking."""
+    """Makes the student of a place in the ranking, untrained."""
 
     def __post_init__(self) -> None:
         if not self.configs or len(self.configs) != len(self.scores):

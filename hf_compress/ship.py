@@ -27,7 +27,7 @@ from hf_compress_evaluation.quality import longest
 from hf_compress_evaluation.task import Task
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 
-from . import facts, files, fitting, foreign, hub, licences
+from . import bars, facts, files, fitting, foreign, hub, licences
 from .callback import DistillCallback
 from .errors import ConfigurationError, GateError, MismatchError
 from .facts import Measurement, Record
@@ -96,9 +96,9 @@ class Work:
     `run` takes all its stages; a comparison takes the teacher, and trains students from the same start beside it.
     """
 
-    def __init__(self, recipe: Recipe, tell: Tell, progress: fitting.Bars) -> None:
+    def __init__(self, recipe: Recipe, tell: Tell, progress: bars.Bars) -> None:
         self.recipe, self.tell, self.bars = recipe, tell, progress
-        self.progress = fitting.visible(progress)
+        self.progress = bars.visible(progress)
         self.output = Path(recipe.output)
         self.student = self.output / "student"
         self.notes_file = self.output / NOTES

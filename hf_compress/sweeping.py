@@ -28,7 +28,7 @@ from hf_compress_evaluation.sweep.summary import TEACHER, Row, summarise
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
-from . import facts, files, fitting, registry, ship
+from . import bars, facts, files, fitting, registry, ship
 from .entries import ALONE, DEFAULT, Entry
 from .errors import ConfigurationError, ForeignFileError
 from .recipe import Export, Recipe, objectives
@@ -99,7 +99,7 @@ def run(
         tell=tell,
     )
     sweep.check()
-    with fitting.bars(progress) as display:
+    with bars.bars(progress) as display:
         rows = list(sweep.rows(display))
     found = sweep.found(rows, command)
     files.write_text(sweep.output / RESULT, json.dumps(found, indent=1, allow_nan=False) + "\n")

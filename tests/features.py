@@ -28,10 +28,10 @@ from hf_compress.testing import Case, weights_hash
 
 CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.cases()]
 LANGUAGE = ("fill-mask", "text-generation")
-JUMPING = {"sinkd"}
-"""Methods whose gradient jumps where two probabilities change order: a teacher that is rounded moves it further."""
 RANDOM = {"acm"}
 """Whose student draws in its own forward."""
+SIGNED = {"mi_alpha"}
+"""Whose loss may be below 0, and is 0 for a batch of one row."""
 PREPARES = {name for name, found in PREPARED.items() if "prepare" in found}
 """Methods with data or a collator of their own."""
 
@@ -102,7 +102,8 @@ def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-6) -> N
             scale = float(step[name].abs().max())
             torch.testing.assert_close(gradient, step[name], rtol=0, atol=tolerance * scale + 1e-9, msg=name)
     np.testing.assert_allclose(found.logged("distill_loss"), expected.logged("distill_loss"), rtol=10 * tolerance)
-    assert min(found.logged("distill_loss")) > 0
+    logged = found.logged("distill_loss")
+    assert min(logged) > 0 or (method_of(found) in SIGNED and any(logged))
 
 
 def held(case: Case) -> Any:
@@ -388,9 +389,9 @@ def tuples(case: Case, folder: Path) -> None:
 
 def from_disk(case: Case, folder: Path) -> None:
     stored = folder / "cache"
-    first = run(case, folder, max_steps=2, learning_rate=0.0, wrap=lambda teacher: cache.CacheTeacher(stored, teacher))
-    tolerance = 2e-2 if case.method in JUMPING else 2e-3  # float16 on disk, at temperature 1
-    assert_same(first, run(case, folder, max_steps=2, learning_rate=0.0), tolerance=tolerance)
+    settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.0}
+    first = run(case, folder, wrap=lambda teacher: cache.CacheTeacher(stored, teacher, dtype="float32"), **settings)
+    assert_same(first, run(case, folder, **settings))
     run(case, folder, wrap=lambda _: cache.CacheTeacher(stored))
 
 
@@ -468,8 +469,8 @@ def everywhere(case: Case) -> bool:
 
 
 OWN_COLLATOR = "its rows come from a collator of its own"
-HEADLESS = of("acm", "ernie_tiny", "minilm", "features")
-STATES = of("ernie_tiny", "minilm", "features", "dmae", "fspad")
+HEADLESS = of("acm", "ernie_tiny", "mi_alpha", "minilm", "features")
+STATES = of("ernie_tiny", "mi_alpha", "minilm", "features", "dmae", "fspad")
 RULES = (
     Rule("accumulation, a short last window", related, "it relates what is in a batch", refused=False),
     Rule("two callbacks of ours", everywhere, "two DistillCallbacks on one Trainer"),
@@ -478,16 +479,27 @@ RULES = (
     Rule("a subclass's own compute_loss", everywhere, "the Trainer did not use the loss with the distillation terms"),
     Rule("gradient checkpointing, reentrant", of("acm", "ernie_tiny", "minilm", "sstoken"), "carry no gradient"),
     Rule("LoRA student", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
+    Rule("LoRA student", of("mi_alpha"), "taps ['hidden:0'] carry no gradient"),
     Rule("LoRA student", of("acm"), "'output:vit.layers.0.attention.v_proj.route'] carry no gradient"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
     Rule("padding left", of("dparallel", "alm", "swing", "margin_mse", "dear"), OWN_COLLATOR, refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
     Rule("packed sequences", of("alm", "swing"), OWN_COLLATOR, refused=False),
-    Rule("packed sequences", of("minilm", "sstoken", "fspad"), "takes a row of the batch for one document"),
+    Rule(
+        "packed sequences",
+        of("minilm", "sstoken", "semantic_revision", "fspad"),
+        "takes a row of the batch for one document",
+    ),
     Rule("data without labels", lambda case: not case.labelled, "its rows have none", refused=False),
     Rule("data without labels", HEADLESS, "do not teach the head. Add labels"),
     Rule("data without labels", of("multi_exit"), "every exit learns the labels, and the batch has none"),
     Rule("data without labels", of("sstoken"), "needs labels that are -100 on the prompt"),
+    Rule(
+        "compute_loss_func=callback.loss(f)",
+        of("semantic_revision"),
+        "need labels that tell the prompt from the answer",
+    ),
+    Rule("data without labels", of("semantic_revision"), "need labels that tell the prompt from the answer"),
     Rule("data without labels", of("ddk"), "evaluate needs a data set with labels"),
     Rule(
         "return_dict=False",
@@ -496,7 +508,7 @@ RULES = (
     ),
     Rule(
         "teacher from a cache on disk",
-        of("dparallel", "dmae", "aligndistil"),
+        of("dparallel", "dmae", "aligndistil", "semantic_revision"),
         "a method of this run changes the batch",
     ),
     Rule("teacher from a cache on disk", of("ernie_tiny", "minilm"), "cannot be cached, as it does not follow the"),
@@ -508,13 +520,16 @@ RULES = (
     Rule("teacher from a cache on disk", of("ddk"), "a cache without its model cannot be run"),
     Rule("mean of two teachers", of("margin_mse", "dear"), 'Pass mean="logits"'),
     Rule("mean of two teachers", STATES, "use methods on logits alone"),
-    Rule("mean of two teachers", of("ddk"), "a method that calls the teacher itself needs one model"),
+    Rule(
+        "mean of two teachers", of("ddk", "semantic_revision"), "a method that calls the teacher itself needs one model"
+    ),
     Rule(
         "the student without its adapters as teacher",
         of("acm"),
         "'output:vit.layers.0.attention.v_proj.route'] carry no gradient",
     ),
     Rule("the student without its adapters as teacher", of("fspad"), "must be the language model that the drafter was"),
+    Rule("the student without its adapters as teacher", of("mi_alpha"), "taps ['hidden:0'] carry no gradient"),
     Rule("the student without its adapters as teacher", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
 )
 

@@ -72,6 +72,11 @@ INPUTS = {
         *("st.query", "st.pos", "st.neg?", "st.teacher_scores"),
     ),
     "dear": ("b?n?.student", "b?n?.teacher", "slide.*.relevance"),
+    "distiller_mi_alpha": (
+        *("*.scores", "*.log_baseline", "mlp.student_hidden", "mlp.teacher_hidden", "mlp.mask", "mlp.baseline.*"),
+        *("mlp.critic.*", "simple.logits_?", "simple.teacher_hidden"),
+    ),
+    "distiller_pipeline_table": ("*",),
     "eagle_objective": ("predict_features", "target_features", "head_weight", "loss_mask"),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""

@@ -68,12 +68,27 @@ def in_groups(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
     return {"data_collator": collate}
 
 
+def after_a_token(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
+    """Rows whose first token is the prompt by its label."""
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        found = testing.collate(batch)
+        if "labels" in found:
+            found["labels"][:, 0] = -100
+        return found
+
+    return {"data_collator": collate}
+
+
 def drafter(student: PreTrainedModel) -> PreTrainedModel:
     """Of the suite's teacher, whose features it learns; at the width of the teacher's weights its attention jumps."""
     return fspad(testing.models("text-generation")[1], config={"initializer_range": 0.05})
 
 
 SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 == 0)
+
+WORDS = (torch.arange(testing.VOCAB) % 4 == 0).to(torch.int8)
+"""Every fourth token begins a word, the others go on with it."""
 
 PREPARED: Mapping[str, Mapping[str, Any]] = {
     "ddk": {"prepare": in_domains, "settings": {"K": 1}},
@@ -93,11 +108,16 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
     },
     "topkld": {"elsewhere": frozenset({"matrices", "quantize", "dequantize"})},
     "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
+    "mi_alpha": {"elsewhere": frozenset({"hidden_loss", "logits_loss", "transport"})},
     "dmae": {"elsewhere": frozenset({"grid_positions"})},
     "dparallel": {
         "prepare": with_prompts,
         "settings": {"mask_token_id": testing.VOCAB - 1, "block": 4},
         "elsewhere": frozenset({"sureness", "unmask", "unmask_some", "tokens_each_step"}),
+    },
+    "semantic_revision": {
+        "prepare": after_a_token,
+        "settings": {"max_new_tokens": 4, "sampling_temperature": 0.0, "boundaries": WORDS},
     },
     "swing": {"prepare": with_privacy, "elsewhere": frozenset({"private_tokens"})},
     "alm": {

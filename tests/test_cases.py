@@ -932,6 +932,7 @@ OWN_RUN = {
     "diswot": "test_method_diswot.py::test_a_search_tries_every_configuration_that_fits_and_builds_the_best",
     "krr_st": "test_method_krr_st.py::test_the_product_is_a_data_set_that_a_trainer_learns_from",
     "llmlingua2": "test_method_llmlingua2.py::test_trained_saved_loaded_and_exported_it_compresses_as_it_was_taught",
+    "reasoning_traces": "test_method_reasoning_traces.py::test_a_wrong_answer_is_asked_again_until_one_is_right",
     "stochastok": "test_method_stochastok.py::test_a_trainer_reads_as_many_tokens_more_as_there_are_splits",
     "token_recycling": "test_method_token_recycling.py::test_the_output_of_a_trained_model_is_greedy_s",
 }

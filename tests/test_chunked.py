@@ -223,6 +223,32 @@ def test_a_head_alone_is_trained_over_a_frozen_body(tmp_path: Path) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
+class Watched(toys.Toy):
+    """Tells the largest probability, which is not to be learned, beside its value."""
+
+    logged = frozenset({"sureness"})
+
+    def per_position(self, rows: Rows, step: Step) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"toy": super().per_position(rows, step), "sureness": rows.student_logits.softmax(-1).amax(-1)}
+
+
+def test_a_term_that_is_logged_alone_is_no_part_of_the_loss(taken: list[int], tmp_path: Path) -> None:
+    """Whole and in chunks: the plain method's gradients and loss, and the term in the log."""
+    compared(tmp_path, "llama", taken, method=Watched())
+    results = []
+    for method in (toys.Toy(), Watched()):
+        student, teacher = (model(*MODELS["llama"], seed=seed) for seed in (0, 1))
+        made, keeper, _ = trainer(tmp_path, student, teacher, method)
+        made.train()
+        results.append((keeper.gradients[0], made.state.log_history[0]))
+    (plain, log), (watched, log_) = results
+    assert 1 / 61 < log_["distill/toy.sureness"] < 1
+    for name in ("loss", "distill_loss", "distill/toy"):
+        assert log_[name] == pytest.approx(log[name], rel=1e-6)
+    for parameter, gradient in watched.items():
+        torch.testing.assert_close(gradient, plain[parameter], rtol=1e-6, atol=1e-9)
+
+
 class TwoLearned(toys.Toy):
     """Two learned parts, to which autograd hands one gradient tensor."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,24 @@ def test_rows_of_another_claim_are_not_mixed_in(tmp_path: Path) -> None:
     claims.measure("mine", tmp_path / "mine.json", claim=Counted().claim(), seeds=(0,))
     with pytest.raises(ForeignFileError, match="check changed"):
         claims.measure("mine", tmp_path / "mine.json", claim=Counted().claim("other"), seeds=(0,))
+
+
+def test_examples_are_made_once_and_shown_as_code(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def examples() -> list[dict[str, str]]:
+        made.append(1)
+        return [{"before": "a|b", "after": "a\n`b`"}]
+
+    claim = replace(Counted().claim(), examples=examples)
+    for _ in range(2):
+        found = claims.measure("mine", tmp_path / "mine.json", claim=claim, seeds=(0,))
+    assert made == [1]
+    assert found["examples"] == json.loads((tmp_path / "mine.json").read_text())["examples"]
+    lines = claims.markdown(found).splitlines()
+    assert "| before | after |" in lines
+    assert "| `a¦b` | `a⏎'b'` |" in lines
+    assert "| before | after |" not in claims.markdown({**found, "examples": []})
 
 
 def test_an_unknown_claim_is_refused_with_the_nearest() -> None:

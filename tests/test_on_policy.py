@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from hf_compress import DistillCallback, testing
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import IGNORED, Inputs, Needs, Rows, Signals, Sizes, Step
-from hf_compress.on_policy import on_policy, prompts, rebuild
+from hf_compress.on_policy import ends_of, on_policy, prompts, rebuild
 
 END, PAD = 2, 0
 
@@ -65,6 +65,13 @@ def test_labels_end_with_the_first_end_and_the_prompt_is_not_scored() -> None:
     assert found["attention_mask"].tolist() == [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert torch.equal(found["input_ids"], generated)
     assert rebuild(generated, torch.ones(3, 2, dtype=torch.long), [])["labels"][:, 2:].eq(generated[:, 2:]).all()
+
+
+def test_a_model_has_no_end_one_or_several() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    for named, found in ((None, []), (2, [2]), ([2, 5], [2, 5])):
+        model.generation_config.eos_token_id = named
+        assert ends_of(model) == found
 
 
 class Writing(toys.Toy):

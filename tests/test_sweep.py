@@ -25,7 +25,7 @@ from scipy.stats import ttest_rel
 from transformers import TrainerState
 from typer.testing import CliRunner
 
-from hf_compress import DistillCallback, cli, entries, facts, fitting, sweeping
+from hf_compress import DistillCallback, bars, cli, entries, facts, fitting, sweeping
 from hf_compress.errors import ConfigurationError, ForeignFileError, HfCompressError, UnknownNameError
 from hf_compress.recipe import Recipe, read_recipe
 
@@ -248,7 +248,7 @@ def test_a_method_that_fails_is_a_row_with_its_error_and_the_others_go_on(recipe
 
 
 def test_a_training_takes_its_bar_from_a_display_that_it_shares() -> None:
-    display = fitting.bars(False)
+    display = bars.bars(False)
     outer = display.add_task("sweep", total=2, loss="")
     with fitting._Shown("one", display) as shown:
         shown.on_train_begin(None, TrainerState(max_steps=4), None)

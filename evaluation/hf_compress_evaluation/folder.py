@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_compress import facts, fitting
+from hf_compress import bars, facts
 from hf_compress.facts import Setting
 
 from . import cost as costs
@@ -164,7 +164,7 @@ def _costs(
     batch, length = max(timing.batches), _length(candidates, timing)
     if not (tells := costs.measures_energy()):
         logger.info("energy is not measured: pip install 'hf-compress[energy]'")
-    with fitting.shown("memory and energy", len(candidates), bar=progress) as advance:
+    with bars.shown("memory and energy", len(candidates), bar=progress) as advance:
         for one in candidates:
             where: dict[str, Setting] = {
                 "threads": threads, "batch": batch, "length": length, "provider": one.provider

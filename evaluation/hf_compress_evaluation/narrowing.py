@@ -20,9 +20,9 @@ import typer
 from torch import Tensor
 
 from hf_compress import files
+from hf_compress.bars import shown
 from hf_compress.errors import HfCompressError
 from hf_compress.facts import hardware, versions
-from hf_compress.fitting import shown
 from hf_compress.shrinking import Width, cut
 from hf_compress.shrinking.report import compared
 from hf_compress_evaluation.deployment import _assets

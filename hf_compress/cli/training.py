@@ -152,7 +152,8 @@ def cache(
     from transformers import DataCollatorWithPadding
 
     from hf_compress import foreign
-    from hf_compress.fitting import encode, shown
+    from hf_compress.bars import shown
+    from hf_compress.fitting import encode
     from hf_compress.teachers.cache import CacheTeacher
     from hf_compress.teachers.model import load_teacher
 

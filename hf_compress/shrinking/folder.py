@@ -15,8 +15,9 @@ from transformers import DataCollatorWithPadding
 
 from hf_compress import files, foreign
 from hf_compress import objective as o
+from hf_compress.bars import shown
 from hf_compress.errors import ConfigurationError
-from hf_compress.fitting import encode, shown
+from hf_compress.fitting import encode
 from hf_compress.teachers.model import load_teacher
 
 from .depth import Keep

@@ -20,7 +20,7 @@ from typing import Protocol
 import requests
 
 from hf_compress import files
-from hf_compress.errors import ConfigurationError, ForeignFileError, TeacherError
+from hf_compress.errors import ConfigurationError, ForeignFileError, TeacherError, TruncatedError
 from hf_compress.teachers.endpoint import Endpoint
 
 FAILURES_IN_A_ROW = 8
@@ -66,7 +66,7 @@ class ChatServer(Endpoint):
         reply = self.post("chat/completions", body)
         content, finished = _completion(reply)
         if finished in ("length", "content_filter"):
-            raise TeacherError(
+            raise TruncatedError(
                 f"the text teacher's answer is not whole: finish_reason {finished!r}, max_tokens={self.max_tokens}. "
                 "Raise max_tokens, or leave that question out."
             )

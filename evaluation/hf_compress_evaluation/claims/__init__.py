@@ -37,6 +37,8 @@ class Claim:
     """What is compared; each is run for each seed."""
     run: Callable[[str, int], Mapping[str, float]]
     """(variant, seed) to figures by name, units in the name, e.g. "bits per byte"."""
+    examples: Callable[[], Sequence[Mapping[str, str]]] | None = None
+    """Rows of text to read beside the figures, each with the same columns; made once, after the last figure."""
 
 
 def names() -> tuple[str, ...]:
@@ -104,6 +106,11 @@ def measure(
             command = {"command": f"python -m hf_compress_evaluation.claims {name}"}
             found = head | command | about | {"rows": found["rows"]}
             files.write_text(output, json.dumps(found, indent=1) + "\n")
+    if claim.examples is not None and "examples" not in found:
+        if progress is not None:
+            progress(f"{name}: examples")
+        found["examples"] = [dict(row) for row in claim.examples()]
+        files.write_text(output, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -125,10 +132,19 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean(values):.4g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
+def _quoted(text: str) -> str:
+    """A text as code in a cell of a table: line breaks, bars and backticks would end it."""
+    inside = text.replace("\n", "⏎").replace("|", "¦").replace("`", "'")
+    return f"`{inside}`"
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """One claim as a section of the results page."""
     header, *lines = table(found)
     text = [f"### {found['method']}", "", f"Published: {found['published']}", "", f"Run here: {found['check']}", ""]
     text += [f"Expected: {found['expected']}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     text += [f"| {' | '.join(line)} |" for line in lines]
+    if shown := found.get("examples"):
+        text += ["", f"| {' | '.join(shown[0])} |", "|" + "---|" * len(shown[0])]
+        text += [f"| {' | '.join(map(_quoted, row.values()))} |" for row in shown]
     return "\n".join([*text, "", f"`{found['command']}`, {found['date']}, {found['machine']}.", ""])

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_compress.bars import shown
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.facts import Data, Measurement, Setting
-from hf_compress.fitting import shown
 from hf_compress_evaluation import intervals
 from hf_compress_evaluation.intervals import Estimate
 
