@@ -299,7 +299,7 @@ class CacheTeacher:
         rows, time = batch_size(inputs), tokens(inputs).shape[1]
         found = {}
         for name, values in self._read(next(iter(self._places))).items():
-            width = (self.sizes.vocab,) if name == "logits" else values.shape[1:]
+            width = (self.sizes.vocab,) if name == "logits" and self.sizes.vocab else values.shape[1:]  # 0: no classes
             found[name] = torch.zeros(rows, *(() if name in self._single else (time,)), *width, device=self._device)
         return {name: found[name] for name in self._known.taps}
 
