@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MismatchError
-from .objective import IGNORED, Inputs, Step, check_unpacked
+from .errors import ConfigurationError, MismatchError
+from .objective import IGNORED, Inputs, Needs, Objective, Sizes, Step, check_unpacked
 from .taps import unwrap
 
 
@@ -78,23 +78,35 @@ def drawn(step: Step, part: float) -> bool:
     return float(torch.rand((), generator=step.shared, device=step.shared.device)) < part
 
 
-def mixed(inputs: Inputs, step: Step, part: float, *, temperature: float, max_new_tokens: int) -> Inputs:
-    """`on_policy` for a part of the batches, as `drawn`.
+def check_answers(name: str, lmbda: float, max_new_tokens: int) -> None:
+    """Raises ConfigurationError, in the name of a method, for what `OnPolicy` cannot do."""
+    if not 0 <= lmbda <= 1 or max_new_tokens < 1:
+        raise ConfigurationError(
+            f"{name}: lmbda must lie in 0 … 1 and max_new_tokens be at least 1, got {lmbda} and {max_new_tokens}."
+        )
 
-    Args:
-        inputs: as `on_policy`; comes back as it is where the draw says so.
-        step: gives the draw too.
-        part: of the batches that the student answers, 0 … 1.
-        temperature: of the samples, above 0; they are of the student's whole distribution, without top-k or top-p.
-        max_new_tokens: of an answer.
 
-    Raises:
-        MismatchError: as `prompts`.
+class OnPolicy(Objective):
+    """An objective on the data's answers and, with probability λ, a batch at a time, on the student's own.
+
+    Samples are of the student's whole distribution, without top-k or top-p. With λ > 0 values are averaged within each
+    answer and over answers, as the lengths of a window's later batches are not known. The `Config` has the fields
+    `lmbda`, 0 … 1; `max_new_tokens`, of an answer; `sampling_temperature`, above 0.
     """
-    if not drawn(step, part):
-        return inputs
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return on_policy(inputs, step, max_new_tokens=max_new_tokens, **sampling)
+
+    def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
+        return Needs(mean_over="examples", rescored=True) if self.config.lmbda > 0 else Needs()
+
+    def overrides(self, method: str) -> bool:
+        """With λ = 0 batches stay as they are, so that a cache of the teacher's outputs holds for them."""
+        return super().overrides(method) and (method != "batch" or self.config.lmbda > 0)
+
+    def batch(self, inputs: Inputs, step: Step) -> Inputs:
+        settings = self.config
+        if not drawn(step, settings.lmbda):
+            return inputs
+        sampling = {"do_sample": True, "temperature": settings.sampling_temperature, "top_k": 0, "top_p": 1.0}
+        return on_policy(inputs, step, max_new_tokens=settings.max_new_tokens, **sampling)
 
 
 def ends_of(model: Any) -> list[int]:

@@ -34,6 +34,7 @@ from .facts import Measurement, Record
 from .onnx import Gate, export_onnx, quantize_onnx
 from .recipe import Fitting, Recipe, objectives
 from .shrinking import Width, check_sizes, cut
+from .teachers.cache import CacheTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -375,6 +376,7 @@ class Work:
         taught: bool = True,
         steps: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        cache: Path | None = None,
     ) -> tuple[PreTrainedModel, Any]:
         """Trains the student's start on parts of the data and writes it to `target`, with the recipe's seed.
 
@@ -385,6 +387,7 @@ class Work:
             taught: with the recipe's methods; False: on the labels, without the teacher.
             steps: of the optimizer; None: `how.epochs`.
             callbacks: further ones.
+            cache: folder of what the teacher gave before; it is filled with what is missing.
 
         Returns:
             student and tokenizer.
@@ -393,7 +396,7 @@ class Work:
         rows = [self.encoded(part, student, tokenizer) for part in parts]
         if taught:
             distilling = DistillCallback(
-                teacher,
+                teacher if cache is None else CacheTeacher(cache, teacher, dtype="float32"),
                 objectives(self.recipe),
                 alpha=self.recipe.alpha,
                 task_weight=self.recipe.task_weight,

@@ -24,7 +24,7 @@ from urllib.parse import quote
 import numpy as np
 from hf_compress_evaluation import quality
 from hf_compress_evaluation.sweep import plot, tables
-from hf_compress_evaluation.sweep.summary import TEACHER, Row, summarise
+from hf_compress_evaluation.sweep.summary import TEACHER, Row, choose, summarise
 from pydantic import ValidationError
 from transformers import TrainerCallback
 
@@ -35,7 +35,7 @@ from .recipe import Export, Recipe, objectives
 
 logger = logging.getLogger(__name__)
 
-RESULT, BUDGET, ROWS = "sweep.json", "budget.json", "rows"
+RESULT, BUDGET, ROWS, CACHES = "sweep.json", "budget.json", "rows", "teacher-outputs"
 VERSION = 1
 
 
@@ -60,6 +60,8 @@ def run(
     *,
     seeds: int = 1,
     learning_rates: Sequence[float] = (),
+    choose_once: bool = False,
+    cache: bool = False,
     alone: bool = True,
     output: Path | None = None,
     command: str = "hf-compress sweep",
@@ -73,6 +75,9 @@ def run(
         methods: in the order of the table; each is also compared with the first.
         seeds: how many; the first is the recipe's, and each has a teacher of its own if the recipe trains it.
         learning_rates: each method has the same; chosen on data.choice. Empty: that of the recipe.
+        choose_once: try the rates with the first seed alone, and the other seeds at the one that each method chose.
+        cache: run the teacher once for each row and method, and keep what it gave until the sweep is done. Of methods
+            that read hidden states this is large: some kilobytes for each token.
         alone: also train the student without the teacher, on the labelled rows for as many steps.
         output: folder; None: that of the recipe with "-sweep".
         command: for the record.
@@ -95,12 +100,15 @@ def run(
         entries=([Entry(name=ALONE)] if alone else []) + wanted,
         seeds=range(recipe.seed, recipe.seed + seeds),
         rates=tuple(learning_rates) or (recipe.training.learning_rate,),
+        choose_once=choose_once,
+        cache=cache,
         output=output or Path(f"{recipe.output}-sweep"),
         tell=tell,
     )
     sweep.check()
     with bars.bars(progress) as display:
         rows = list(sweep.rows(display))
+    shutil.rmtree(sweep.output / CACHES, ignore_errors=True)
     found = sweep.found(rows, command)
     files.write_text(sweep.output / RESULT, json.dumps(found, indent=1, allow_nan=False) + "\n")
     for name, render in tables.FORMATS.values():
@@ -127,6 +135,8 @@ class _Sweep:
     entries: list[Entry]
     seeds: Sequence[int]
     rates: tuple[float, ...]
+    choose_once: bool
+    cache: bool
     output: Path
     tell: ship.Tell
 
@@ -213,10 +223,12 @@ class _Sweep:
 
     def rows(self, display: Any) -> Iterator[Row]:
         """Every row: read where it is finished, else run."""
-        planned = [(entry, rate, seed) for seed in self.seeds for entry in self.entries for rate in self.rates]
-        bar = display.add_task("sweep", total=len(planned), loss="")
+        counted = [len(self.rates) if self._tries_rates(seed) else 1 for seed in self.seeds]
+        total, number = sum(counted) * len(self.entries), 0
+        bar = display.add_task("sweep", total=total, loss="")
+        first: list[Row] = []
         for seed in self.seeds:
-            own = [(entry, rate) for entry, rate, other in planned if other == seed]
+            own = self._planned(seed, first)
             before = {(entry.name, rate): self._read(entry.name, rate, seed) for entry, rate in own}
             if (
                 seed == self.seeds[0] or self.recipe.teacher_training is not None
@@ -224,16 +236,27 @@ class _Sweep:
                 teacher = self._teacher_of(seed, None in before.values(), display)
                 yield teacher
             for entry, rate in own:
-                number = planned.index((entry, rate, seed)) + 1
+                number += 1
                 row = before[entry.name, rate]
                 if row is None:
                     said = f"{entry.name}, learning rate {rate:g}, seed {seed}"
-                    self.tell(f"row {number} of {len(planned)}: {said}")
+                    self.tell(f"row {number} of {total}: {said}")
                     row = self._write(self._run(entry, rate, seed, teacher, display))
                     if row.error:
                         self.tell(f"  failed: {files.printable(row.error)}")
                 display.advance(bar)
+                first += [row] if seed == self.seeds[0] else []
                 yield row
+
+    def _tries_rates(self, seed: int) -> bool:
+        return seed == self.seeds[0] or not self.choose_once
+
+    def _planned(self, seed: int, first: Sequence[Row]) -> list[tuple[Entry, float]]:
+        """What is run with a seed, by the rows of the first one."""
+        if self._tries_rates(seed):
+            return [(entry, rate) for entry in self.entries for rate in self.rates]
+        best = {entry.name: choose([row for row in first if row.method == entry.name])[0] for entry in self.entries}
+        return [(entry, self.rates[0] if (rate := best[entry.name]) is None else rate) for entry in self.entries]
 
     def _path(self, method: str, rate: float | None, seed: int) -> Path:
         return self.output / ROWS / f"{_file_name(method, rate)}-seed-{seed}.json"
@@ -298,6 +321,7 @@ class _Sweep:
             taught=entry.taught,
             steps=self.steps,
             callbacks=[timed],
+            cache=self._cache_of(entry, work) if self.cache else None,
         )
         made = self._scored(work, student, tokenizer)
         made["label_loyalty"] = float(np.mean(np.equal(made["predictions"], teacher.predictions)))
@@ -307,6 +331,11 @@ class _Sweep:
         used = () if training is None else training.methods
         made["objectives"] = tuple(one.model_dump(mode="json", exclude={"citation"}) for one in used)
         return made | {"steps": timed.steps, "seconds": timed.seconds}
+
+    def _cache_of(self, entry: Entry, work: ship.Work) -> Path:
+        """One for each method, whose taps it holds, and for each teacher."""
+        teacher = "teacher" if self.recipe.teacher_training is None else work.output.name
+        return self.output / CACHES / teacher / _file_name(entry.name, None)
 
     def _scored(self, work: ship.Work, model: Any, tokenizer: Any) -> dict[str, Any]:
         rows = work.rows("test")
@@ -335,7 +364,8 @@ class _Sweep:
             "test_rows": self.counts["test"],
             "learning_rates": list(self.rates),
             "seeds": list(self.seeds),
-            "runs_per_method": len(self.rates) * len(self.seeds),
+            "chosen_with_first_seed": self.choose_once,
+            "runs_per_method": sum(len(self.rates) if self._tries_rates(seed) else 1 for seed in self.seeds),
             "seconds_per_run": sum(timed) / len(timed) if timed else None,
         }
         made = {

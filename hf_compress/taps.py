@@ -22,6 +22,8 @@ from .outputs import field, first, hidden_state, logits_of
 _WATCHED: list[Taps] = []
 """The forwards being recorded, innermost last."""
 _SUFFIX = "_tap"
+ATTENTION = ("q", "k", "v")
+"""Kinds of taps that are (batch, heads, time, head dim)."""
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -65,7 +67,7 @@ class Taps:
         self._on = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._implementation: str | None = None
-        attention = {name for name in self.names if name.partition(":")[0] in ("q", "k", "v")}
+        attention = {name for name in self.names if name.partition(":")[0] in ATTENTION}
         self._attention = {self._resolve(name) for name in attention}
         try:
             self._place()
@@ -180,7 +182,7 @@ class Taps:
     def keep_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """One attention call of the forward; the n-th call is layer n."""
         layer, self._calls = self._calls, self._calls + 1
-        for letter, tensor in (("q", query), ("k", key), ("v", value)):
+        for letter, tensor in zip(ATTENTION, (query, key, value), strict=True):
             if (letter, layer) in self._attention:
                 self.record[f"{letter}:{layer}"] = tensor
 
@@ -211,7 +213,7 @@ class Taps:
             return logits_of(output)
         if kind == "hidden" and index != "-1" and self.until is None:
             return hidden_state(output, name, int(index))
-        if kind in ("q", "k", "v"):
+        if kind in ATTENTION:
             letter, layer = self._resolve(name)
             name_there = f"{letter}:{layer}"
         else:

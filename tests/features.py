@@ -511,7 +511,6 @@ RULES = (
         of("dparallel", "dmae", "aligndistil", "semantic_revision"),
         "a method of this run changes the batch",
     ),
-    Rule("teacher from a cache on disk", of("ernie_tiny", "minilm"), "cannot be cached, as it does not follow the"),
     Rule(
         "teacher from a cache on disk",
         lambda case: case.method == "features" and case.pictures,

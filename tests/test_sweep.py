@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 from hf_compress import DistillCallback, bars, cli, entries, facts, fitting, sweeping
 from hf_compress.errors import ConfigurationError, ForeignFileError, HfCompressError, UnknownNameError
 from hf_compress.recipe import Recipe, read_recipe
+from hf_compress.teachers.cache import CacheTeacher
 
 METHODS = "kd:temperature=4,minilm:relation_heads=4"
 NAMES = ("alone", *METHODS.split(","))
@@ -90,6 +91,7 @@ def test_every_method_has_the_same_steps_rates_and_seeds(swept: sweeping.Swept) 
         "steps": STEPS, "epochs": 2.0, "batch_size": 12, "rows": ROWS["train"] + ROWS["unlabelled"],
         "labelled_rows": ROWS["train"], "choice_rows": ROWS["choice"], "test_rows": ROWS["test"],
         "learning_rates": [1e-3], "seeds": [0, 1], "runs_per_method": 2, "seconds_per_run": 0,
+        "chosen_with_first_seed": False,
     }  # fmt: skip
 
 
@@ -122,6 +124,44 @@ def test_every_training_gets_the_same_start_rows_batches_and_seed(
     assert {name: found[4] for name, found in seen.items()} == {name: not name.startswith("alone") for name in seen}
     (teacher,) = [row for row in rows_of(tmp_path / "made").values() if row.method == "teacher"]
     assert teacher.seed == 7  # it is trained by nobody here, and has no spread over seeds
+
+
+def test_rates_are_tried_with_the_first_seed_alone_where_asked(recipe: Path, tmp_path: Path) -> None:
+    given = read_recipe(recipe).model_copy(update={"teacher_training": None})
+    settings: dict[str, Any] = {"learning_rates": [1e-3, 1e-6], "seeds": 2, "choose_once": True}
+    found = run(given, "kd", tmp_path / "made", **settings).found
+    again = run(given, "kd", tmp_path / "made", **settings).found
+    assert found["runs"] == again["runs"]
+    assert (found["budget"]["runs_per_method"], found["budget"]["chosen_with_first_seed"]) == (3, True)
+    for name in ("alone", "kd"):
+        runs = [(one["seed"], one["learning_rate"]) for one in found["runs"] if one["method"] == name]
+        assert runs == [(0, 1e-3), (0, 1e-6), (1, of(found, name)["learning_rate"])]
+        assert of(found, name)["seeds"] == 2
+    assert "choice rows with the first seed is shown" in (tmp_path / "made" / "sweep.md").read_text()
+
+
+def test_a_teacher_that_is_run_once_teaches_the_same(
+    recipe: Path, swept: sweeping.Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[tuple[str, Path]] = []
+    add = CacheTeacher._add
+
+    def counted(self: CacheTeacher, key: str, kept: Any) -> None:
+        filled.append((key, self.folder))
+        add(self, key, kept)
+
+    monkeypatch.setattr(CacheTeacher, "_add", counted)
+    cached = run(recipe, METHODS, tmp_path / "made", seeds=2, learning_rates=[1e-3, 2e-3], cache=True)
+    assert [one["error"] for one in cached.found["methods"]] == [None] * 4
+    for name in NAMES:
+        one, two = (
+            {run["seed"]: run for run in found["runs"] if (run["method"], run["learning_rate"]) == (name, 1e-3)}
+            for found in (swept.found, cached.found)
+        )
+        assert [run["accuracy"] for run in one.values()] == [run["accuracy"] for run in two.values()]
+    assert len(filled) == len(set(filled)) > 0
+    assert len({folder for _, folder in filled}) == 4  # two methods, two teachers
+    assert {path.name for path in (tmp_path / "made").iterdir() if path.is_dir()} == {"rows", "seed-0", "seed-1"}
 
 
 def test_a_seed_has_one_teacher_and_only_it_and_the_rows_are_kept(swept: sweeping.Swept) -> None:
@@ -416,6 +456,20 @@ def test_the_learning_rate_is_chosen_on_the_choice_rows_and_not_on_the_test_rows
     assert choose([made("a", "11", rate=2e-3, choice_accuracy=None), failed]) == (None, {})
 
 
+def test_rates_that_one_seed_tried_are_compared_by_it_alone() -> None:
+    """The second seed ran at the rate that the first one chose, and did worse there than the first at the other."""
+    rows = [
+        made("a", "1111", rate=1e-3, choice_accuracy=0.5),
+        made("a", "0111", rate=2e-3, choice_accuracy=0.6),
+        made("a", "0011", rate=2e-3, choice_accuracy=0.2, seed=1),
+    ]
+    assert choose(rows) == (2e-3, {"0.001": pytest.approx(0.5), "0.002": pytest.approx(0.6)})
+    _, one = summarise([made("teacher", "1111", rate=None), *rows], [1] * 4)
+    assert (one.learning_rate, one.seeds, one.accuracy.mean if one.accuracy else 0) == (2e-3, 2, 5 / 16)
+    failed = made("a", "", rate=2e-3, seed=1, error="E")
+    assert choose([*rows[:2], failed]) == (None, {})  # the other rate has not the seeds of the other methods
+
+
 def example(*seeds: int) -> dict[str, Any]:
     """A teacher right in 8 of 8 rows, a baseline in 4, methods in 6 and 8."""
     rows = [
@@ -432,6 +486,7 @@ def example(*seeds: int) -> dict[str, Any]:
     budget = {
         "steps": 4, "epochs": 2.0, "batch_size": 2, "rows": 4, "labelled_rows": 2, "choice_rows": 2, "test_rows": 8,
         "learning_rates": [1e-3], "seeds": list(seeds), "runs_per_method": len(seeds), "seconds_per_run": 2.0,
+        "chosen_with_first_seed": False,
     }  # fmt: skip
     found = {"methods": [asdict(one) for one in summarise(rows, [1] * 8)], "budget": budget, "machines": ["m"]}
     return json.loads(json.dumps(found | {"command": "hf-compress sweep", "date": "2026-01-01"}))  # type: ignore[no-any-return]

@@ -37,6 +37,12 @@ def sweep(
     learning_rates: Annotated[
         str | None, typer.Option(help="A list with commas, the same for each method; chosen on data.choice.")
     ] = None,
+    choose_once: Annotated[
+        bool, typer.Option("--choose-once", help="Try the rates with the first seed alone, the others at the chosen.")
+    ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Run the teacher once for each row and method; its outputs go to disk.")
+    ] = False,
     alone: Annotated[
         bool, typer.Option("--alone/--no-alone", help="Compare with training without the teacher.")
     ] = True,
@@ -64,15 +70,19 @@ def sweep(
         raise ConfigurationError(f"--learning-rates {learning_rates}: expected numbers, e.g. 2e-5,5e-5.") from error
     given = {"--methods": methods, "--seeds": seeds, "--learning-rates": learning_rates}
     told = [f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+    flags = {"--choose-once": choose_once, "--cache": cache, "--no-alone": not alone}
+    told += [name for name, wanted in flags.items() if wanted]
     shared.quiet()
     swept = sweeping.run(
         read_recipe(recipe),
         entries.read(methods),
         seeds=seeds,
         learning_rates=rates,
+        choose_once=choose_once,
+        cache=cache,
         alone=alone,
         output=output,
-        command=" ".join(["hf-compress sweep", shlex.quote(recipe.name), *told, *([] if alone else ["--no-alone"])]),
+        command=" ".join(["hf-compress sweep", shlex.quote(recipe.name), *told]),
         tell=shared.tell,
         progress=not as_json and sys.stderr.isatty(),
     )

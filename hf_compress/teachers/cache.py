@@ -30,6 +30,7 @@ from hf_compress import facts, files, foreign
 from hf_compress.errors import ConfigurationError, ForeignFileError, MismatchError
 from hf_compress.heads import Logits
 from hf_compress.objective import IGNORED, Inputs, Sizes, batch_size, tokens
+from hf_compress.taps import ATTENTION
 from hf_compress.teachers.model import ModelTeacher
 from hf_compress.teachers.sparse import Sparse, Stored
 
@@ -68,6 +69,7 @@ class _Header(_Part):
     vocab: int = Field(ge=0, le=MAX_WIDTH)
     embedded: int | None = Field(ge=0, le=MAX_WIDTH, description="token ids that the teacher reads")
     layers: int = Field(ge=0, le=MAX_WIDTH)
+    heads: int = Field(default=0, ge=0, le=MAX_WIDTH)
     names: dict[int, str] | None = Field(description="of the classes")
     reads: tuple[str, ...] | None = Field(description="columns of its forward")
     about: facts.Model
@@ -80,7 +82,7 @@ class _Header(_Part):
         names = {} if self.names is None else {"id2label": self.names}
         config = PreTrainedConfig(is_encoder_decoder=self.seq2seq, **names)
         config.vocab_size = self.embedded
-        return Sizes(kind=self.kind, layers=self.layers, width=0, heads=0, vocab=self.vocab, config=config)
+        return Sizes(kind=self.kind, layers=self.layers, width=0, heads=self.heads, vocab=self.vocab, config=config)
 
 
 class _Manifest(_Part):
@@ -141,6 +143,11 @@ class _Settings:
     @classmethod
     def of(cls, header: _Header) -> _Settings:
         return cls(top_k=header.top_k, key=header.key, dtype=header.dtype)
+
+
+def _time_first(name: str, tap: Tensor) -> Tensor:
+    """Queries, keys and values (batch, heads, time, …) with heads and time changed over; others as they are."""
+    return tap.transpose(1, 2) if name.partition(":")[0] in ATTENTION else tap
 
 
 class CacheTeacher:
@@ -241,6 +248,7 @@ class CacheTeacher:
             vocab=sizes.vocab,
             embedded=getattr(inner, "vocab_size", None),
             layers=sizes.layers,
+            heads=sizes.heads,
             names=dict(sizes.config.id2label) if sizes.kind in ("rows", "labels") and sizes.config else None,
             reads=self._live.reads,
             about=self._live.describe(),
@@ -412,7 +420,7 @@ class CacheTeacher:
 
     def _kept(self, name: str, tap: Tensor, inputs: Inputs, row: int) -> dict[str, Tensor]:
         """What is stored of one example's tap, by name of the tensor: (position, …), or (1, …) without a time axis."""
-        where = self._places_of(name, inputs)
+        where, tap = self._places_of(name, inputs), _time_first(name, tap)
         if where is None or tap.dim() < 3:
             self._single.add(name)
             return {name: self._narrow(name, tap[row][None])}
@@ -574,7 +582,7 @@ class CacheTeacher:
         self._check(len(values), where)
         padded = torch.zeros(*where.shape, *values.shape[1:], device=values.device)
         padded[where] = values
-        return padded
+        return _time_first(name, padded)
 
     def _logits(self, inputs: Inputs, found: Sequence[Mapping[str, Tensor]]) -> Logits:
         where = self._places_of("logits", inputs)

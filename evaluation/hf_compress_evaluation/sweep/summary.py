@@ -93,7 +93,7 @@ class Summary:
     """Runs that failed."""
     learning_rate: float | None = None
     choice: Mapping[str, float] = field(default_factory=dict)
-    """Mean accuracy on the choice rows by learning rate, of those that every seed finished."""
+    """Mean accuracy on the choice rows by learning rate, over the seeds that all rates were tried with."""
     seeds: int = 0
     accuracy: Spread | None = None
     accuracy_interval: tuple[float, float] | None = None
@@ -112,33 +112,33 @@ def choose(rows: Sequence[Row]) -> tuple[float | None, dict[str, float]]:
 
     Args:
         rows: every run of one method. A rate of which a run failed is out: the seeds that are left are not those of
-            the other methods.
+            the other methods. Where rates were tried with the first seed alone, it alone is what they are compared by.
 
     Returns:
         None and no means if no rate was finished by every seed.
     """
-    by_rate: dict[float, list[Row]] = {}
+    by_rate: dict[float, dict[int, Row]] = {}
     for row in rows:
         if row.learning_rate is not None:
-            by_rate.setdefault(row.learning_rate, []).append(row)
-    whole = {rate: own for rate, own in by_rate.items() if all(row.finished for row in own)}
+            by_rate.setdefault(row.learning_rate, {})[row.seed] = row
+    seeds = {row.seed for row in rows}
+    finished = {rate: own for rate, own in by_rate.items() if all(row.finished for row in own.values())}
+    whole = [rate for rate, own in finished.items() if own.keys() == seeds]
     if not whole:
         return None, {}
-    scored = {
-        rate: mean(row.choice_accuracy for row in own if row.choice_accuracy is not None)
-        for rate, own in whole.items()
-        if all(row.choice_accuracy is not None for row in own)
-    }
-    best = max(scored, key=lambda rate: scored[rate]) if scored else next(iter(whole))
-    return best, {f"{rate:g}": score for rate, score in scored.items()}
+    shared = set.intersection(*(set(own) for own in finished.values()))
+    scored = {rate: [own[seed].choice_accuracy for seed in sorted(shared)] for rate, own in finished.items()}
+    means = {rate: mean(score for score in own if score is not None) for rate, own in scored.items() if None not in own}
+    best = max(whole, key=lambda rate: means[rate]) if all(rate in means for rate in whole) else whole[0]
+    return best, {f"{rate:g}": score for rate, score in means.items()}
 
 
 def summarise(rows: Sequence[Row], labels: Sequence[int], *, seed: int = 0) -> list[Summary]:
     """Each method in the order of the rows, the teacher among them.
 
     Args:
-        rows: of every method, learning rate and seed, each with the same seeds; and the teacher's, one for each seed
-            or one for all.
+        rows: of every method, learning rate and seed, each with the same seeds, or further seeds at the chosen rate
+            alone; and the teacher's, one for each seed or one for all.
         labels: (row,) class ids of the test rows.
         seed: of the resampling.
 

@@ -78,7 +78,8 @@ _SEVERAL = (
 
 def _given(budget: Found) -> list[str]:
     rates = ", ".join(f"{rate:g}" for rate in budget["learning_rates"])
-    chosen = f", of which the best on {budget['choice_rows']:,} choice rows is shown" if "," in rates else ""
+    by = " with the first seed" if budget["chosen_with_first_seed"] else ""
+    chosen = f", of which the best on {budget['choice_rows']:,} choice rows{by} is shown" if "," in rates else ""
     time = "" if budget["seconds_per_run"] is None else f" of {budget['seconds_per_run']:.1f} seconds"
     return [
         f"Every method had the same start of the student and {budget['steps']:,} steps of at most "

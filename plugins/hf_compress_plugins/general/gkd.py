@@ -27,8 +27,8 @@ from torch import Tensor
 
 from hf_compress.divergences import check_temperature, jsd, log_probabilities, skew_kl, tvd
 from hf_compress.errors import ConfigurationError
-from hf_compress.objective import Inputs, Needs, Objective, Rows, Sizes, Step
-from hf_compress.on_policy import mixed
+from hf_compress.objective import Rows, Step
+from hf_compress.on_policy import OnPolicy, check_answers
 from hf_compress.registry import Method
 
 Divergence = Literal["jsd", "tvd", "skew_kl", "skew_rkl"]
@@ -56,11 +56,7 @@ class GKDConfig:
     def __post_init__(self) -> None:
         check_temperature("gkd", self.temperature)
         check_temperature("gkd", self.sampling_temperature)
-        if not 0 <= self.lmbda <= 1 or self.max_new_tokens < 1:
-            raise ConfigurationError(
-                f"gkd: lmbda must lie in 0 … 1 and max_new_tokens be at least 1, got {self.lmbda} and "
-                f"{self.max_new_tokens}."
-            )
+        check_answers("gkd", self.lmbda, self.max_new_tokens)
         if self.divergence not in ("jsd", "tvd", "skew_kl", "skew_rkl"):
             raise ConfigurationError(f"gkd: divergence must be jsd, tvd, skew_kl or skew_rkl, got {self.divergence!r}.")
         ends = self.divergence.startswith("skew")
@@ -101,31 +97,12 @@ def gkd(
     return jsd(log_p, log_q, beta)
 
 
-class GKD(Objective):
+class GKD(OnPolicy):
     """A divergence of choice at every scored position."""
 
     Config = GKDConfig
     config: GKDConfig
     task_weight: ClassVar[float | None] = 0.0
-
-    def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
-        if self.config.lmbda == 0:
-            return Needs()
-        return Needs(mean_over="examples", rescored=True)
-
-    def overrides(self, method: str) -> bool:
-        """With λ = 0 batches stay as they are, so that a cache of the teacher's outputs holds for them."""
-        return super().overrides(method) and (method != "batch" or self.config.lmbda > 0)
-
-    def batch(self, inputs: Inputs, step: Step) -> Inputs:
-        settings = self.config
-        return mixed(
-            inputs,
-            step,
-            settings.lmbda,
-            temperature=settings.sampling_temperature,
-            max_new_tokens=settings.max_new_tokens,
-        )
 
     def per_position(self, rows: Rows, step: Step) -> Tensor:
         assert rows.teacher_logits is not None  # tapped by default

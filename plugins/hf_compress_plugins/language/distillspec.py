@@ -50,8 +50,8 @@ from hf_compress.data import Rows as DataRows
 from hf_compress.distiller import generator
 from hf_compress.divergences import check_temperature, jsd, kl, log_probabilities, tvd
 from hf_compress.errors import ConfigurationError, MismatchError
-from hf_compress.objective import IGNORED, Inputs, Needs, Objective, Rows, Sizes, Step
-from hf_compress.on_policy import mixed, written
+from hf_compress.objective import IGNORED, Inputs, Rows, Step
+from hf_compress.on_policy import OnPolicy, check_answers, written
 from hf_compress.registry import Method
 from hf_compress.taps import evaluating, unwrap
 
@@ -89,11 +89,7 @@ class DistillSpecConfig:
                 f"distillspec: beta must lie between 0 and 1, got {self.beta}. For its ends choose forward_kl or "
                 "reverse_kl: the jsd itself tends to 0 there."
             )
-        if not 0 <= self.lmbda <= 1 or self.max_new_tokens < 1:
-            raise ConfigurationError(
-                f"distillspec: lmbda must lie in 0 … 1 and max_new_tokens be at least 1, got {self.lmbda} and "
-                f"{self.max_new_tokens}."
-            )
+        check_answers("distillspec", self.lmbda, self.max_new_tokens)
 
 
 def distillspec(
@@ -127,29 +123,12 @@ def distillspec(
     return kl(log_p, log_q) if divergence == "forward_kl" else kl(log_q, log_p)
 
 
-class DistillSpec(Objective):
+class DistillSpec(OnPolicy):
     """A divergence of choice, on answers of the data's, the target's or the draft's."""
 
     Config = DistillSpecConfig
     config: DistillSpecConfig
     task_weight: ClassVar[float | None] = 0.0
-
-    def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
-        return Needs(mean_over="examples", rescored=True) if self.config.lmbda > 0 else Needs()
-
-    def overrides(self, method: str) -> bool:
-        """With λ = 0 batches stay as they are, so that a cache of the target's outputs holds for them."""
-        return super().overrides(method) and (method != "batch" or self.config.lmbda > 0)
-
-    def batch(self, inputs: Inputs, step: Step) -> Inputs:
-        settings = self.config
-        return mixed(
-            inputs,
-            step,
-            settings.lmbda,
-            temperature=settings.sampling_temperature,
-            max_new_tokens=settings.max_new_tokens,
-        )
 
     def per_position(self, rows: Rows, step: Step) -> Tensor:
         assert rows.teacher_logits is not None  # tapped by default

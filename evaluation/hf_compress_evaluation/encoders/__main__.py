@@ -1,0 +1,46 @@
+"""`python -m hf_compress_evaluation.encoders TABLE`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_compress.errors import HfCompressError
+
+from . import METHODS, RESULTS, classify, keep
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="sentiment, two-layers, sarcasm, entities or embeddings.")],
+    methods: Annotated[str, typer.Option(help="A list with commas, as hf-compress sweep takes it.")] = ",".join(
+        METHODS
+    ),
+    headlines: Annotated[Path | None, typer.Option(help="Rows of sarcasm: csv with text and label.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("encoders"),
+    results: Annotated[Path, typer.Option(help="Where the table is kept.")] = RESULTS,
+) -> None:
+    """Compares methods on a real encoder: one table, kept as JSON."""
+    try:
+        found = classify(
+            name,
+            output.absolute(),
+            methods=methods.split(","),
+            headlines=headlines,
+            tell=_tell,
+            progress=sys.stderr.isatty(),
+        )
+        keep(name, found, results)
+    except HfCompressError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
