@@ -44,8 +44,9 @@ TASKS = (
     "unconditional-image-generation",
     "audio-to-audio",
     "graph-ml",
+    "text-ranking",
 )
-"""The hub's task names, and `text-regression` for a single real-valued output. The last four have no default method."""
+"""The hub's task names, and `text-regression` for a single real-valued output. The last five have no default method."""
 
 CLASSES: Mapping[str, Mapping[str, str]] = {
     "algorithm": {

@@ -74,6 +74,7 @@ TASKS = (
     "feature-extraction",
     "image-classification",
     "image-feature-extraction",
+    "text-ranking",
 )
 """Tasks that the suite has models for."""
 
@@ -103,7 +104,7 @@ class Case:
     @property
     def labelled(self) -> bool:
         """Whether the rows of this task carry labels."""
-        return self.task not in ("feature-extraction", "image-feature-extraction")
+        return self.task not in ("feature-extraction", "image-feature-extraction", "text-ranking")
 
     @property
     def pictures(self) -> bool:
@@ -179,8 +180,9 @@ def _model(task: str, *, width: int, layers: int, seed: int) -> PreTrainedModel:
             "token-classification": BertForTokenClassification,
             "fill-mask": BertForMaskedLM,
             "feature-extraction": BertModel,
+            "text-ranking": BertForSequenceClassification,
         }[task]
-        config = BertConfig(**sizes, **quiet, num_labels=CLASSES)
+        config = BertConfig(**sizes, **quiet, num_labels=1 if task == "text-ranking" else CLASSES)
         return made(config)
 
 

@@ -482,7 +482,7 @@ RULES = (
     Rule("LoRA student", of("mi_alpha"), "taps ['hidden:0'] carry no gradient"),
     Rule("LoRA student", of("acm"), "'output:vit.layers.0.attention.v_proj.route'] carry no gradient"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
-    Rule("padding left", of("dparallel", "alm", "swing"), OWN_COLLATOR, refused=False),
+    Rule("padding left", of("dparallel", "alm", "swing", "margin_mse", "dear"), OWN_COLLATOR, refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
     Rule("packed sequences", of("alm", "swing"), OWN_COLLATOR, refused=False),
     Rule(
@@ -517,6 +517,7 @@ RULES = (
         "cannot be cached, as it does not follow the",
     ),
     Rule("teacher from a cache on disk", of("ddk"), "a cache without its model cannot be run"),
+    Rule("mean of two teachers", of("margin_mse", "dear"), 'Pass mean="logits"'),
     Rule("mean of two teachers", STATES, "use methods on logits alone"),
     Rule(
         "mean of two teachers", of("ddk", "semantic_revision"), "a method that calls the teacher itself needs one model"

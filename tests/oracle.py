@@ -67,6 +67,11 @@ INPUTS = {
     "sinkd": ("*_logits",),
     "pld": ("*_logits", "labels"),
     "fspad": ("in/*", "w/*"),
+    "margin_mse": (
+        *("batch?.student_*", "batch?.teacher_*", "inter.student_*", "inter.teacher_*"),
+        *("st.query", "st.pos", "st.neg?", "st.teacher_scores"),
+    ),
+    "dear": ("b?n?.student", "b?n?.teacher", "slide.*.relevance"),
     "distiller_mi_alpha": (
         *("*.scores", "*.log_baseline", "mlp.student_hidden", "mlp.teacher_hidden", "mlp.mask", "mlp.baseline.*"),
         *("mlp.critic.*", "simple.logits_?", "simple.teacher_hidden"),

@@ -57,6 +57,17 @@ def with_privacy(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]
     return {"data_collator": collate}
 
 
+def in_groups(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
+    """Each row is a query with three passages: its ids, the same in reverse, and those without the last."""
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        read = [row["input_ids"] for row in batch]
+        flat = [{"input_ids": one} for ids in read for one in (ids, ids[::-1], ids[:-1])]
+        return testing.collate(flat) | {"group": torch.arange(len(batch)).repeat_interleave(3)}
+
+    return {"data_collator": collate}
+
+
 def after_a_token(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
     """Rows whose first token is the prompt by its label."""
 
@@ -83,6 +94,18 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
     "ddk": {"prepare": in_domains, "settings": {"K": 1}},
     "acm": {"student": acm, "elsewhere": frozenset({"cumulated", "gate_labels"})},
     "fspad": {"student": drafter},
+    "margin_mse": {
+        "prepare": in_groups,
+        "elsewhere": frozenset(
+            {"pointwise_mse", "ranknet_weighted", "mse_ranknet", "inter_passage_mse", "combined", "scored"}
+        ),
+    },
+    "dear": {
+        "prepare": in_groups,
+        "elsewhere": frozenset(
+            {"ranknet", "listnet", "binary", "prompt", "parse_order", "windows", "slide", "rerank", "rationales"}
+        ),
+    },
     "topkld": {"elsewhere": frozenset({"matrices", "quantize", "dequantize"})},
     "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
     "mi_alpha": {"elsewhere": frozenset({"hidden_loss", "logits_loss", "transport"})},

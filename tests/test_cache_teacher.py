@@ -192,6 +192,22 @@ def test_top_k_is_near_the_whole_and_bytes_are_few(tmp_path: Path) -> None:
         assert positions * k * 6 <= size <= positions * k * 6 + 600
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_one_real_value_a_row_is_read_back(top_k: int | None, tmp_path: Path) -> None:
+    """A head without classes has no likeliest ones either: its value is kept whole."""
+    teacher = testing.models("text-ranking")[1]
+    batch = testing.collate(testing.rows("text-ranking", 3))
+    made = CacheTeacher(tmp_path, teacher, top_k=top_k, dtype="float32")
+    assert made.fill([batch]) == 3
+    read = CacheTeacher(tmp_path)
+    read.prepare(frozenset({"logits"}), torch.device("cpu"))
+    _, logits = read.apart(batch)
+    assert logits is not None
+    expected = teacher(**batch).logits.detach()
+    assert expected.shape == read(batch)["logits"].shape == (3, 1)
+    torch.testing.assert_close(logits.rows(torch.arange(3), expected), expected)
+
+
 def test_padding_and_order_do_not_change_an_example(tmp_path: Path) -> None:
     teacher = testing.models(LANGUAGE)[1]
     cache = CacheTeacher(tmp_path, teacher, dtype="float32")

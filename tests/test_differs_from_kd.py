@@ -65,6 +65,8 @@ NO_STEP = {
     "sid": "its models make images",
     "ff_g2m": "its rows are joined by edges; its own tests state the part of softened targets in its loss",
     "dm_codec": "its models make sound",
+    "margin_mse": "its models give one score a text; its own tests state the step by hand",
+    "dear": "its models give one score a text; its own tests state the step by hand",
     "fspad": "its student gives features and no logits; its own tests state the part of soft labels in its step",
 }
 """Methods on whose batches kd has no step, and why."""

@@ -101,7 +101,13 @@ def test_listing_imports_no_method_and_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-WITHOUT_DEFAULT = {"image-feature-extraction", "unconditional-image-generation", "audio-to-audio", "graph-ml"}
+WITHOUT_DEFAULT = {
+    "image-feature-extraction",
+    "unconditional-image-generation",
+    "audio-to-audio",
+    "graph-ml",
+    "text-ranking",
+}
 
 
 def test_every_task_has_a_default_that_can_be_loaded() -> None:

@@ -114,6 +114,8 @@ def test_what_an_ensemble_cannot_do_is_refused(tmp_path: Path) -> None:
         EnsembleTeacher(others(), weights=[1.0, 0.0])
     with pytest.raises(ConfigurationError, match="mean must be"):
         EnsembleTeacher(others(), mean="median")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="heads of real values have no probabilities"):
+        EnsembleTeacher(others("text-ranking"))
     with pytest.raises(MismatchError, match="heads differ"):
         EnsembleTeacher([*others(), *others("text-classification")])
     with pytest.raises(ConfigurationError, match=r"no mean of \['hidden:2'"):

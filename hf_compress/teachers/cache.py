@@ -307,7 +307,7 @@ class CacheTeacher:
         rows, time = batch_size(inputs), tokens(inputs).shape[1]
         found = {}
         for name, values in self._read(next(iter(self._places))).items():
-            width = (self.sizes.vocab,) if name == "logits" else values.shape[1:]
+            width = (self.sizes.vocab,) if name == "logits" and self.sizes.vocab else values.shape[1:]  # 0: no classes
             found[name] = torch.zeros(rows, *(() if name in self._single else (time,)), *width, device=self._device)
         return {name: found[name] for name in self._known.taps}
 
@@ -565,7 +565,7 @@ class CacheTeacher:
         width = min(about.top_k, about.vocab) if ids and about.top_k is not None else about.vocab
         return all(
             each["dtype"] == ("I32" if name in ids else STORED[about.dtype])
-            and (not name.startswith("logits") or each["shape"][-1:] == [width])
+            and (not name.startswith("logits") or not width or each["shape"][-1:] == [width])  # 0: no classes
             for name, each in shard.items()
         )
 

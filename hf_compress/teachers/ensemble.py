@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_compress import facts, licences
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.heads import Logits
-from hf_compress.objective import Inputs, require_one_shape
+from hf_compress.objective import Inputs, is_regression, require_one_shape
 from hf_compress.teachers.model import ModelTeacher
 
 Mean = Literal["probabilities", "logits"]
@@ -57,7 +57,7 @@ class EnsembleTeacher:
         mean: of their probabilities, or of their logits, which sharpens where they agree.
 
     Raises:
-        ConfigurationError: for weights that fit not.
+        ConfigurationError: for weights that fit not; for probabilities of heads without any.
         MismatchError: for models of different heads.
     """
 
@@ -81,6 +81,11 @@ class EnsembleTeacher:
             )
             if own != theirs:
                 raise MismatchError(f"EnsembleTeacher: the models' heads differ, {own} and {theirs}.")
+        if mean == "probabilities" and self.sizes.kind == "none" and is_regression(self.sizes.config):
+            raise ConfigurationError(
+                "EnsembleTeacher: heads of real values have no probabilities, whose mean would be 0 everywhere. Pass "
+                'mean="logits".'
+            )
 
     @property
     def reads(self) -> tuple[str, ...]:
