@@ -83,6 +83,7 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
     "ddk": {"prepare": in_domains, "settings": {"K": 1}},
     "acm": {"student": acm, "elsewhere": frozenset({"cumulated", "gate_labels"})},
     "fspad": {"student": drafter},
+    "autodistil": {"settings": {"layers": (1, 2)}, "elsewhere": frozenset({"subspace"})},
     "topkld": {"elsewhere": frozenset({"matrices", "quantize", "dequantize"})},
     "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
     "dmae": {"elsewhere": frozenset({"grid_positions"})},
