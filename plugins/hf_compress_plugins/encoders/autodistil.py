@@ -14,9 +14,15 @@ A step trains the largest student, the smallest and two at random (sandwich rule
 micro-batches, with one forward of the teacher; their losses are added. Afterwards `search` takes the loss of every
 student within a budget on held-out text, and builds what it finds without training it further.
 
+    student = autodistil(teacher, config=architectures(**subspace("small"))[-1]._asdict())
+    Trainer(model=student, callbacks=[DistillCallback(teacher, AutoDistil(**subspace("small")))], …).train()
+    found = search(teacher, data=held_out_batches, budget=Budget(parameters=20_000_000), student=student)
+    found.build(0).save_pretrained("found")
+
 Differences from the authors' code, which takes the scores before the softmax (softmax=False) and adds -10000 to the
 scores of padded keys of both models, so that padding counts (masking="added"): here pairs with padding are left out,
-and each text is averaged over its own pairs. The forwards of all students of a step are in memory together.
+and each text is averaged over its own pairs. The forwards of all students of a step are in memory together, and that of
+the SuperLM itself alone honours gradient checkpointing.
 
 As published only the last queries, keys and values are supervised, each student's own: its last output projection,
 feed-forward and norms are not, nor is a head, which the task's own loss of the largest student teaches where there are
