@@ -469,18 +469,23 @@ def everywhere(case: Case) -> bool:
 
 
 OWN_COLLATOR = "its rows come from a collator of its own"
-HEADLESS = of("acm", "ernie_tiny", "mi_alpha", "minilm", "features")
-STATES = of("ernie_tiny", "mi_alpha", "minilm", "features", "dmae", "fspad")
+HEADLESS = of("acm", "autodistil", "ernie_tiny", "mi_alpha", "minilm", "features")
+STATES = of("autodistil", "ernie_tiny", "mi_alpha", "minilm", "features", "dmae", "fspad")
 RULES = (
     Rule("accumulation, a short last window", related, "it relates what is in a batch", refused=False),
     Rule("two callbacks of ours", everywhere, "two DistillCallbacks on one Trainer"),
     Rule("label smoothing", everywhere, "label_smoothing_factor makes the Trainer compute its own loss"),
     Rule("compute_loss_func", everywhere, "compute_loss_func replaces the model's loss"),
     Rule("a subclass's own compute_loss", everywhere, "the Trainer did not use the loss with the distillation terms"),
-    Rule("gradient checkpointing, reentrant", of("acm", "ernie_tiny", "minilm", "sstoken"), "carry no gradient"),
+    Rule(
+        "gradient checkpointing, reentrant",
+        of("acm", "autodistil", "ernie_tiny", "minilm", "sstoken"),
+        "carry no gradient",
+    ),
     Rule("LoRA student", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
     Rule("LoRA student", of("mi_alpha"), "taps ['hidden:0'] carry no gradient"),
     Rule("LoRA student", of("acm"), "'output:vit.layers.0.attention.v_proj.route'] carry no gradient"),
+    Rule("LoRA student", of("autodistil"), "merge adapters first"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
     Rule("padding left", of("dparallel", "alm", "swing", "margin_mse", "dear"), OWN_COLLATOR, refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
@@ -529,6 +534,7 @@ RULES = (
     ),
     Rule("the student without its adapters as teacher", of("fspad"), "must be the language model that the drafter was"),
     Rule("the student without its adapters as teacher", of("mi_alpha"), "taps ['hidden:0'] carry no gradient"),
+    Rule("the student without its adapters as teacher", of("autodistil"), "merge adapters first"),
     Rule("the student without its adapters as teacher", of("ernie_tiny"), "'hidden:0', 'k:0'] carry no gradient"),
 )
 

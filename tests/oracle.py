@@ -53,6 +53,7 @@ INPUTS = {
         *("learners.*", "x", "teacher_out", "gated.choices", "stage2_table.errors", "stage3.gate_probs_?"),
         "stage3.gate_logits_?",
     ),
+    "autodistil": ("attention_mask", "hidden_teacher", "*.hidden_student", "student.*", "teacher.[qkv]*"),
     "dm_codec": (
         *("?_feature", "??_feature", "?_lm", "??_lm", "?_sm", "??_sm", "dr?", "dg?", "rec_x", "rec_xhat"),
         *("rvq_x", "rvq_codebook?"),

@@ -106,6 +106,7 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
             {"ranknet", "listnet", "binary", "prompt", "parse_order", "windows", "slide", "rerank", "rationales"}
         ),
     },
+    "autodistil": {"settings": {"layers": (1, 2)}, "elsewhere": frozenset({"subspace"})},
     "topkld": {"elsewhere": frozenset({"matrices", "quantize", "dequantize"})},
     "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
     "mi_alpha": {"elsewhere": frozenset({"hidden_loss", "logits_loss", "transport"})},

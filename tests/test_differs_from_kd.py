@@ -54,6 +54,7 @@ STATED: dict[str, tuple[str, float, str]] = {
     "ernie_tiny": ("text-classification", 0.5106, "the last states and attentions, beside the task's own loss"),
     "mi_alpha": ("text-classification", 0.5017, "information between first tokens' states, beside the task's own loss"),
     "multi_exit": ("text-classification", 0.5250, "the labels after inner layers, without a teacher"),
+    "autodistil": ("fill-mask", 0.5337, "relations of the last layer of four students, beside the task's own loss"),
     "acm": ("image-classification", 0.7431, "what gates choose, without a teacher"),
     "ofa": ("image-classification", 0.2316, "exits with the class raised, at temperature 1"),
     "alm": ("text-generation", 0.6693, "likelihoods of chunks at τ = 100, averaged with the text's"),
