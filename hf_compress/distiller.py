@@ -8,6 +8,7 @@ of one batch of four, and two processes that of one.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -239,13 +240,24 @@ def select_logits(logits: Tensor, where: Positions) -> Tensor:
     return rows[where.index]
 
 
-def whole_logits(rows: Logits, beside: Tensor, where: Positions) -> Tensor:
-    """Logits in the shape of the student's, 0 where nothing is scored, of a teacher that gives rows beside them."""
-    check_rows(rows.count, where)
-    own = rows.rows(where.index, select_logits(beside, where))
-    found = own.new_zeros(where.rows, own.shape[-1])
-    found[where.index] = own
-    return found.view(*beside.shape[:-1], -1)
+def whole_logits(rows: Logits, beside: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Logits as one tensor, of a teacher that gives rows; NaN where it knows none, so that reading them stops the run.
+
+    Args:
+        rows: of the teacher.
+        beside: (…, class) the student's logits; None if the teacher read other tokens.
+        shape: of the places, e.g. (batch, time).
+
+    Returns:
+        (*shape, class)
+    """
+    index = torch.arange(rows.count) if rows.there is None else rows.there.nonzero().squeeze(-1)
+    own = rows.rows(index, None if beside is None else beside.flatten(0, -2)[index.to(beside.device)])
+    if rows.there is None:
+        return own.view(*shape, -1)
+    found = own.new_full((rows.count, own.shape[-1]), math.nan)
+    found[index] = own
+    return found.view(*shape, -1)
 
 
 def check_rows(count: int, where: Positions) -> None:

@@ -39,19 +39,23 @@ class Logits(Protocol):
 
     count: int
     """Rows that there are, (batch, time) flattened."""
+    there: Tensor | None
+    """(count,) bool, rows that are known; None: all."""
 
-    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
-        """(position, vocab) of some rows; `beside` are the student's, for a teacher that is known in part."""
+    def rows(self, index: Tensor, beside: Tensor | None) -> Tensor:
+        """(position, vocab) of some rows; `beside` are the student's at the same places, for what is known in part."""
 
 
 class Dense:
     """Logits that are there already."""
 
+    there: Tensor | None = None
+
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits.flatten(0, -2)
         self.count = len(self._logits)
 
-    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
+    def rows(self, index: Tensor, beside: Tensor | None) -> Tensor:
         return self._logits[index]
 
 
@@ -64,6 +68,8 @@ class Lazy:
         context: of its calls, e.g. the student's autocast.
     """
 
+    there: Tensor | None = None
+
     def __init__(
         self, states: Tensor, head: Head, context: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> None:
@@ -75,7 +81,7 @@ class Lazy:
         with self._context():
             return self.head(states)
 
-    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
+    def rows(self, index: Tensor, beside: Tensor | None) -> Tensor:
         return self.of(self.states[index])
 
 

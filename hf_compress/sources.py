@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import distiller as d
@@ -27,6 +28,8 @@ class Targets:
     teacher: Mapping[str, Tensor]
     logits: Logits | None
     """The teacher's by rows, where they are not among its taps."""
+    shape: torch.Size
+    """(batch, time) of the tokens that the teacher read."""
     frozen: Mapping[str, Mapping[str, Tensor]]
     frozen_logits: Mapping[str, Logits]
 
@@ -66,6 +69,7 @@ class Sources:
         return Targets(
             teacher=seen,
             logits=lazily,
+            shape=o.tokens(given).shape,
             frozen={role: taps for role, (taps, _) in others.items()},
             frozen_logits={role: logits for role, (_, logits) in others.items() if logits is not None},
         )
@@ -109,12 +113,19 @@ class Sources:
             self._looked = True
             warn_of_probabilities(d.select_logits(scores, signals.positions))
         if targets.logits is not None:
-            beside = signals.student["logits"][..., : run.real]  # of padded vocabularies the rest is nobody's
-            whole = d.whole_logits(targets.logits, beside, signals.positions)
+            whole = self._whole_logits(targets.logits, targets.shape, signals)
             signals = replace(signals, teacher={**targets.teacher, "logits": whole})
         if run.real is not None:
             signals = d.of_classes(signals, run.real)
         return d.of_labels(signals) if run.kind == "labels" else signals
+
+    def _whole_logits(self, rows: Logits, shape: torch.Size, signals: Signals) -> Tensor:
+        """The teacher's, in the shape of the student's, or of the other tokens that it read."""
+        if self.run.kind in ("causal", "tokens") and not all(need.same_tokens for need in self.run.needs):
+            return d.whole_logits(rows, None, shape)
+        beside = signals.student["logits"][..., : self.run.real]  # of padded vocabularies the rest is nobody's
+        d.check_rows(rows.count, signals.positions)
+        return d.whole_logits(rows, beside, beside.shape[:-1])
 
 
 def _check_gradients(student: Mapping[str, Tensor]) -> None:

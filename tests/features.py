@@ -28,8 +28,6 @@ from hf_compress.testing import Case, weights_hash
 
 CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.cases()]
 LANGUAGE = ("fill-mask", "text-generation")
-JUMPING = {"sinkd"}
-"""Methods whose gradient jumps where two probabilities change order: a teacher that is rounded moves it further."""
 RANDOM = {"acm"}
 """Whose student draws in its own forward."""
 PREPARES = {name for name, found in PREPARED.items() if "prepare" in found}
@@ -391,9 +389,9 @@ def tuples(case: Case, folder: Path) -> None:
 
 def from_disk(case: Case, folder: Path) -> None:
     stored = folder / "cache"
-    first = run(case, folder, max_steps=2, learning_rate=0.0, wrap=lambda teacher: cache.CacheTeacher(stored, teacher))
-    tolerance = 2e-2 if case.method in JUMPING else 2e-3  # float16 on disk, at temperature 1
-    assert_same(first, run(case, folder, max_steps=2, learning_rate=0.0), tolerance=tolerance)
+    settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.0}
+    first = run(case, folder, wrap=lambda teacher: cache.CacheTeacher(stored, teacher, dtype="float32"), **settings)
+    assert_same(first, run(case, folder, **settings))
     run(case, folder, wrap=lambda _: cache.CacheTeacher(stored))
 
 

@@ -257,7 +257,7 @@ def _two_process_run(
     run = build(
         folder,
         task,
-        ["kd", "features", TAID(alpha=0.5)],  # whose third target follows from the losses of the steps before
+        ["kd", "features", TAID(t_end=0.8, alpha=1.0, beta=0.0)],  # the third target follows from two losses
         data=data,
         dtype=torch.float64,
         per_device_train_batch_size=size,

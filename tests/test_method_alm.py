@@ -50,6 +50,7 @@ from transformers import (
 
 from hf_compress import DistillCallback, export_onnx
 from hf_compress.errors import ConfigurationError, MismatchError, UnknownNameError
+from hf_compress.teachers.cache import CacheTeacher
 
 TEXTS = [
     "the cat sat on the mat, and the cat was thin",
@@ -97,7 +98,7 @@ def run(
     folder: Path,
     method: ALM,
     width: int = 24,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | CacheTeacher | None = None,
     student: nn.Module | None = None,
     rows: Dataset | None = None,
     **settings: Any,
@@ -192,6 +193,19 @@ def test_the_teacher_reads_its_own_ids(tmp_path: Path) -> None:
     rows = sorted(map(tuple, seen[-1]["input_ids"].tolist()))
     assert rows == sorted(tuple(row["teacher_input_ids"]) for row in data())
     assert "labels" not in seen[-1]
+
+
+def test_a_cache_of_a_teacher_of_other_tokens_gives_what_the_teacher_gives(tmp_path: Path) -> None:
+    """Also behind the last token, where nothing is scored and a chunk's end is read."""
+    teacher, settings = model(len(LARGE), 24, 1), {"learning_rate": 0.0, "max_steps": 2}
+    cached = CacheTeacher(tmp_path / "c", teacher, dtype="float32")
+    found = [
+        [entry["distill/alm"] for entry in made.state.log_history if "distill/alm" in entry]
+        for made in (run(tmp_path, ALM(spaces=spaces()), teacher=one, **settings) for one in (teacher, cached))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    with pytest.raises(ConfigurationError, match="a cache of it without top_k"):
+        run(tmp_path, ALM(spaces=spaces()), teacher=CacheTeacher(tmp_path / "few", teacher, top_k=4))
 
 
 def test_losses_are_averaged_or_weighed_by_their_gradients(tmp_path: Path) -> None:

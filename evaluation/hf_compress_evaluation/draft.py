@@ -39,7 +39,7 @@ from hf_compress_evaluation.speculative import Decoding
 from hf_compress_evaluation.speculative.measuring import Asked, measure
 
 RESULTS = Path("evaluation/results/draft.json")
-CUT, PLAIN, DISTILLED = "cut out of the target", "cross-entropy", "distilled"
+CUT, PLAIN, DISTILLED = DRAFTS = "cut out of the target", "cross-entropy", "distilled"
 DECODINGS = {"sampled": Decoding(), "greedy": Decoding(temperature=0.0)}
 
 
@@ -49,15 +49,15 @@ class Size:
 
     layers: int = 2
     top_k: int = 64
-    steps: int = 300
+    steps: int = 160
     batch: int = 4
     length: int = 128
     """Tokens of a row."""
     held_out: int = 24
     """Rows at the end of the text."""
-    prompts: int = 12
+    prompts: int = 8
     prompt: int = 32
-    new_tokens: int = 40
+    new_tokens: int = 32
     gamma: int = 3
     learning_rate: float = 1e-3
 
@@ -141,7 +141,7 @@ def run(work: Path, output: Path, *, tiny: bool, bar: bool) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)  # found out before the first draft, not after
     data, held_out = rows(ids, size)
     done = {row["draft"] for row in found["rows"]}
-    for draft_name in (CUT, PLAIN, DISTILLED):
+    for draft_name in DRAFTS:
         if draft_name in done:
             continue
         started = time.monotonic()
@@ -156,6 +156,7 @@ def run(work: Path, output: Path, *, tiny: bool, bar: bool) -> dict[str, Any]:
         about = {"date": date.today().isoformat(), "machine": hardware(), "versions": versions()}
         command = {"command": "python -m hf_compress_evaluation.draft" + (" --tiny" if tiny else "")}
         finished = [*found["rows"], row | {"seconds": round(time.monotonic() - started, 1)}]
+        finished.sort(key=lambda row: DRAFTS.index(row["draft"]))
         found = head | command | about | {"rows": finished}
         files.write_text(output, json.dumps(found, indent=1) + "\n")
     return found

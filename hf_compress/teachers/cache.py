@@ -582,16 +582,15 @@ class CacheTeacher:
         if where is None:
             if len(values) != len(found):
                 raise MismatchError(f"{self.folder} holds {len(values)} rows for {len(found)} examples: fill it anew.")
-            return Stored(values.float(), torch.arange(len(values), device=values.device))
+            return Stored(values.float(), torch.ones_like(values[:, 0], dtype=torch.bool))
         self._check(len(values), where)
-        place = (where.flatten().cumsum(0) - 1).clamp(min=0)
         if "logits.ids" not in found[0]:
-            return Stored(values.float(), place)
+            return Stored(values.float(), where)
         ids = torch.cat([one["logits.ids"] for one in found])
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.sizes.vocab:
             raise MismatchError(f"{self.folder} holds token {int(ids.max())} of {self.sizes.vocab}: fill it anew.")
         ids = ids.to(self._device)
-        return Sparse(ids, values.float(), place)
+        return Sparse(ids, values.float(), where)
 
     def _check(self, stored: int, where: Tensor) -> None:
         if stored != int(where.sum()):

@@ -39,10 +39,12 @@ def mean_logits(logits: Sequence[Tensor], weights: Sequence[float], mean: Mean) 
 class _Mixed:
     """Rows of several models' logits."""
 
+    there: Tensor | None = None
+
     def __init__(self, parts: Sequence[Logits], weights: Sequence[float], mean: Mean) -> None:
         self._parts, self._weights, self._mean, self.count = parts, weights, mean, parts[0].count
 
-    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
+    def rows(self, index: Tensor, beside: Tensor | None) -> Tensor:
         return mean_logits([part.rows(index, beside) for part in self._parts], self._weights, self._mean)
 
 

@@ -86,8 +86,7 @@ class ServerTeacher:
                 f"the server names token {int(chosen.max())}, the student has {self.sizes.vocab}. Use a teacher with "
                 "the student's tokenizer, or a method of the tokenizers family."
             )
-        place = (mask.flatten().cumsum(0) - 1).clamp(min=0).to(self._device)
-        return {}, Sparse(chosen.to(self._device), known.to(self._device), place)
+        return {}, Sparse(chosen.to(self._device), known.to(self._device), mask.to(self._device))
 
     def _ask(self, ids: Sequence[int]) -> list[Row]:
         """A row for each token: what is likely after it."""

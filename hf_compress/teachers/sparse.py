@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_compress.errors import ConfigurationError
+
 
 def completed(ids: Tensor, known: Tensor, beside: Tensor) -> Tensor:
     """Log-probabilities over the whole vocabulary: the known ones, and the rest in the shape of another distribution.
@@ -32,30 +34,44 @@ def completed(ids: Tensor, known: Tensor, beside: Tensor) -> Tensor:
     return spread.masked_fill(taken, -torch.inf).scatter_reduce(1, places, values, "amax")
 
 
-class Sparse:
-    """The likeliest tokens of each stored position.
+class _Known:
+    """Rows of which those of some places are known."""
+
+    def __init__(self, where: Tensor) -> None:
+        self.there: Tensor | None = where.flatten()
+        self._place = (where.flatten().cumsum(0) - 1).clamp(min=0)
+        self.count = len(self._place)
+
+
+class Sparse(_Known):
+    """The likeliest tokens of each known row.
 
     Args:
-        ids: (stored, k).
-        known: (stored, k) log-probabilities.
-        place: (batch · time,) the stored position of each place; any where none is scored.
+        ids: (known, k).
+        values: (known, k) log-probabilities.
+        where: (batch, time) bool, the places of the rows.
     """
 
-    def __init__(self, ids: Tensor, known: Tensor, place: Tensor) -> None:
-        self._ids, self._known, self._place = ids, known, place
-        self.count = len(place)
+    def __init__(self, ids: Tensor, values: Tensor, where: Tensor) -> None:
+        super().__init__(where)
+        self._ids, self._values = ids, values
 
-    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
+    def rows(self, index: Tensor, beside: Tensor | None) -> Tensor:
+        if beside is None:
+            raise ConfigurationError(
+                "this teacher tells its likeliest tokens alone, and the student has other tokens, by which the rest "
+                "cannot be told. Give a model, or a cache of it without top_k."
+            )
         stored = self._place[index]
-        return completed(self._ids[stored], self._known[stored], beside)
+        return completed(self._ids[stored], self._values[stored], beside)
 
 
-class Stored:
-    """Whole logits of each stored position; arguments as `Sparse`."""
+class Stored(_Known):
+    """Whole logits (known, vocab) of each known row; `where` as of `Sparse`."""
 
-    def __init__(self, logits: Tensor, place: Tensor) -> None:
-        self._logits, self._place = logits, place
-        self.count = len(place)
+    def __init__(self, logits: Tensor, where: Tensor) -> None:
+        super().__init__(where)
+        self._logits = logits
 
-    def rows(self, index: Tensor, beside: Tensor) -> Tensor:
+    def rows(self, index: Tensor, beside: Tensor | None) -> Tensor:
         return self._logits[self._place[index]]

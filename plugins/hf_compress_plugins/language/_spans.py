@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import torch
+from tokenizers.models import WordPiece
 from torch import Tensor
 
 from hf_compress.errors import ConfigurationError, MismatchError
@@ -43,7 +44,8 @@ def boundaries(tokenizer: Any, vocab: int | None = None) -> Tensor:
     """
     count = len(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(range(count)))
-    pieces = any(isinstance(name, str) and name.startswith("##") for name in names)
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    pieces = isinstance(model, WordPiece)  # "##" alone tells nothing: headings make it a token of others
     special = set(tokenizer.all_special_ids)
     found = torch.full((max(count, vocab or 0),), ALONE, dtype=torch.int8)
     for index, name in enumerate(names):
