@@ -26,6 +26,10 @@ DistilBERT's script.
     DistillCallback(first, MultiTeacher(), frozen={"second": second})
     data = teacher_tokens(dataset, tokenizers={"second": its_tokenizer}, max_length=128)   # for own_tokens=("second",)
 
+How near a student comes to each of its teachers the paper tells by label, probability and regression loyalty; they are
+`label_loyalty`, `probability_loyalty` and `regression_loyalty` of hf_compress_evaluation.agreement, taken by
+`hf-compress evaluate` against the one teacher that it is given. The formula of the last is our reading.
+
 On classifiers KL is a mean over rows, and the cosine one over rows of each row's mean. Among sentences of a batch that
 has tokens, the term of a sentence is a mean weighed by the sentence's length. With `restrict` KL is taken at labelled
 tokens alone, as an option of DistilBERT's script does, and the cosines are the micro-batch's mean there. Logits are
@@ -298,7 +302,8 @@ METHOD = Method(
     authors="Andrei-Marius Avram, Darius Catrina, Dumitru-Clementin Cercel, Mihai Dascălu, Traian Rebedea, "
     "Vasile Păiş, Dan Tufiş",
     year=2022,
-    summary="One small encoder learns from several, by the mean of their distributions or of their losses.",
+    summary="One small encoder learns from several, by the mean of their distributions or of their losses "
+    "[reconstruction].",
     bibtex="""@inproceedings{avram2022distilling,
   title = {Distilling the Knowledge of {Romanian} {BERT}s Using Multiple Teachers},
   author = {Avram, Andrei-Marius and Catrina, Darius and Cercel, Dumitru-Clementin and Dasc{\\u{a}}lu, Mihai and
