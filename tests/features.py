@@ -470,7 +470,7 @@ def everywhere(case: Case) -> bool:
 
 OWN_COLLATOR = "its rows come from a collator of its own"
 HEADLESS = of("acm", "ernie_tiny", "minilm", "features")
-STATES = of("ernie_tiny", "minilm", "features", "multi_teacher", "dmae", "fspad")
+STATES = of("ernie_tiny", "minilm", "features", "multi_teacher", "efficient_attention", "dmae", "fspad")
 RULES = (
     Rule("accumulation, a short last window", related, "it relates what is in a batch", refused=False),
     Rule("two callbacks of ours", everywhere, "two DistillCallbacks on one Trainer"),

@@ -56,6 +56,11 @@ STATED: dict[str, tuple[str, float, str]] = {
         1.6782,
         "the mean of two teachers, five times, the last states, and twice the labels",
     ),
+    "efficient_attention": (
+        "fill-mask",
+        2.8664,
+        "five times the soft targets, the last states, and twice the labels",
+    ),
     "ernie_tiny": ("text-classification", 0.5106, "the last states and attentions, beside the task's own loss"),
     "multi_exit": ("text-classification", 0.5250, "the labels after inner layers, without a teacher"),
     "acm": ("image-classification", 0.7431, "what gates choose, without a teacher"),

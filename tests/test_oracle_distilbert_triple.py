@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_compress_plugins.encoders import _triple
+from hf_compress_plugins.encoders.efficient_attention import EfficientAttention
 from hf_compress_plugins.encoders.multi_teacher import MultiTeacher, teachers_kl
 from stub import GradientKeeper, StubConfig, arguments
 from torch import Tensor, nn
@@ -114,7 +115,8 @@ def step(case: str, method: Objective, folder: Path, **settings: Any) -> tuple[T
         index = torch.tensor([row["index"] for row in batch])
         return {"index": index, "attention_mask": given["attention_mask"][index], "labels": given["mlm_labels"][index]}
 
-    callback = DistillCallback(model("teacher"), method, frozen={"second": model("teacher")}, **settings)
+    frozen = {"second": model("teacher")} if isinstance(method, MultiTeacher) else {}
+    callback = DistillCallback(model("teacher"), method, frozen=frozen, **settings)
     trainer = Trainer(
         model=model("student"),
         args=arguments(folder, per_device_train_batch_size=len(given["mlm_labels"])),
@@ -130,12 +132,21 @@ def step(case: str, method: Objective, folder: Path, **settings: Any) -> tuple[T
 @pytest.mark.parametrize("combine", ["probs", "losses"])
 def test_through_the_callback_with_one_teacher_twice(case: str, combine: Any, tmp_path: Path) -> None:
     method = MultiTeacher(combine=combine, restrict=case.endswith("restrict"))
-    trainer, gradients = step(case, method, tmp_path)
+    assert_callback(case, method, tmp_path)
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_through_the_callback_with_one_teacher(case: str, tmp_path: Path) -> None:
+    assert_callback(case, EfficientAttention(restrict=case.endswith("restrict")), tmp_path)
+
+
+def assert_callback(case: str, method: Objective, folder: Path) -> None:
+    trainer, gradients = step(case, method, folder)
     compare(case, grad_student_logits=gradients["rows"], grad_student_hidden=gradients["body.states"])
     log = trainer.state.log_history[0]
     data = oracle.load("distilbert_triple")
     for name, term, weight in (("soft", "ce", 5.0), ("cosine", "cos", 1.0)):
-        assert log[f"distill/multi_teacher.{name}"] == pytest.approx(weight * data[f"{case}.loss_{term}"].item())
+        assert log[f"distill/{method.name}.{name}"] == pytest.approx(weight * data[f"{case}.loss_{term}"].item())
     assert log["task_loss"] == pytest.approx(data[f"{case}.loss_mlm"].item())
 
 

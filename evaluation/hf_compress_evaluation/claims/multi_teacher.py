@@ -97,8 +97,8 @@ CLAIM = Claim(
     "98.00 and 98.02, STS 80.66 against 79.11 and 81.18) at 65 % of the size.",
     check=f"Digits, {digits.TRAIN} images. Two teachers, perceptrons of {TEACHER_WIDTH} neurons trained with labels, "
     f"see the left five columns and the right five. Students of {WIDTH} neurons see all pixels and no labels, {STEPS} "
-    f"steps of 64 images, T = {TEMPERATURE:g}. Loyalty is agreement with a teacher on the test images; that of regression is "
-    "the correlation of the mean digits of the two distributions.",
+    f"steps of 64 images, T = {TEMPERATURE:g}. Loyalty is agreement with a teacher on the test images; that of "
+    "regression is the correlation of the mean digits of the two distributions.",
     expected="The student of both above those of either teacher, its loyalty between; both ways alike, as their "
     "gradients are equal.",
     variants=tuple(TEACHERS),
