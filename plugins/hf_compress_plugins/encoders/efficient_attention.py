@@ -28,7 +28,8 @@ default, computes full attention, with rows of another length than `segment_mean
 (`set_length`), and it takes padding into its means. (Whatever is done, its rows depend a little on each other: its
 inverse starts from a maximum over the batch.) A column `global_attention_mask` goes to each model that takes one; a
 student that takes none beside a teacher that does learns what it has no way to compute. Attention maps of Longformer
-are (batch, heads, time, window + 1), so methods on attention refuse it.
+are (batch, heads, time, window + 1), so methods on attention refuse it. To ONNX none of the three is exported: with
+transformers 5.24 and torch 2.13 the exporter traces none of them at more than one length.
 
 KL at every real token is taken some tokens at a time, and computed again in backward: whole are the two models' logits
 alone. With `restrict` it is taken at masked tokens, as an option of DistilBERT's script does; the cosine is then the
