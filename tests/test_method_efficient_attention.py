@@ -229,6 +229,8 @@ def test_a_big_bird_that_is_kept_sparse_is_sparse_again_after_a_short_batch(tmp_
     assert not torch.allclose(read(plain, ids(20)), before)
     torch.testing.assert_close(read(kept, ids(8)), short)
     torch.testing.assert_close(read(kept, ids(20)), before)
+    read(kept, ids(8))
+    torch.testing.assert_close(read(kept, ids(15)), read(big_bird(), ids(15)))  # the shortest that are sparse
     assert kept.bert.encoder.layer[0].attention.self.training is False
     with pytest.raises(MismatchError, match=r"Call keep_sparse\(student\)"):
         train(tmp_path, plain, kept, rows(16))
