@@ -209,7 +209,10 @@ class Objective(nn.Module):
         return Needs()
 
     def build(self, student: Shapes, teacher: Shapes) -> None:
-        """Makes learned parts and buffers that depend on shapes, from one dry forward of two rows."""
+        """Makes learned parts and buffers that depend on shapes, from one dry forward of two rows.
+
+        `teacher` holds those of further frozen models too, as ROLE/TAP: "reference/hidden:-1".
+        """
 
     def networks(self, teacher: nn.Module | None) -> Mapping[str, tuple[nn.Module, Optimizer]]:
         """Networks of its own with their optimizers, made once; never assigned to `self`, as the student's optimizer
@@ -228,6 +231,10 @@ class Objective(nn.Module):
 
     def teacher_batch(self, inputs: Inputs, step: Step) -> Inputs:
         """What the teacher sees; whatever its forward does not name is left out afterwards."""
+        return inputs
+
+    def frozen_batch(self, role: str, inputs: Inputs, step: Step) -> Inputs:
+        """What the further frozen model of that role sees, as `teacher_batch`: other ids of the same examples."""
         return inputs
 
     def count(self, inputs: Inputs) -> int | None:

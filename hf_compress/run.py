@@ -141,7 +141,7 @@ class Run:
         self.distributions = any(objective.overrides("per_position") for objective in objectives)
         if self.distributions or self.kind == "labels":
             check_head(self.sizes, objectives, self.needs)
-        for method_name in ("batch", "teacher_batch"):
+        for method_name in ("batch", "teacher_batch", "frozen_batch"):
             if sum(objective.overrides(method_name) for objective in objectives) > 1:
                 raise ConfigurationError(f"two methods of one run rewrite the {method_name}; use one of them.")
         self._shared_ids = (
@@ -303,6 +303,8 @@ class Run:
             student = {name: tensor.shape for name, tensor in self.taps.read(output).items()}
             wanted = self.teacher is not None and any(need.teacher for need in self.needs)
             teacher = {k: v.shape for k, v in self.teacher(inputs).items()} if wanted and self.teacher else {}
+            for role, other in self.frozen.items():
+                teacher |= {f"{role}/{name}": tensor.shape for name, tensor in other(inputs).items()}
             for objective in self.distiller.objectives:
                 objective.build(student, teacher)
 

@@ -57,8 +57,9 @@ class Sources:
                     given = objective.teacher_batch(given, run.step)
             late = run.chunking.on or run.recorded is not None
             seen, lazily = rows_of(run.teacher, given) if late else (run.teacher(given), None)
+        read = {role: self._read_by(role, inputs) for role in run.frozen}
         others = {
-            role: rows_of(other, inputs) if run.chunking.on else (other(inputs), None)
+            role: rows_of(other, read[role]) if run.chunking.on else (other(read[role]), None)
             for role, other in run.frozen.items()
         }
         if changed := sorted(name for name, version in before.items() if inputs[name]._version != version):
@@ -72,6 +73,14 @@ class Sources:
             frozen={role: taps for role, (taps, _) in others.items()},
             frozen_logits={role: logits for role, (_, logits) in others.items() if logits is not None},
         )
+
+    def _read_by(self, role: str, inputs: Inputs) -> Inputs:
+        """What a further frozen model sees; at most one method of a run decides it."""
+        for objective in self.run.distiller.objectives:
+            if objective.overrides("frozen_batch"):
+                assert self.run.step is not None  # made by the pre-hook
+                return objective.frozen_batch(role, inputs, self.run.step)
+        return inputs
 
     def signals(self, inputs: Inputs, output: Any, targets: Targets) -> tuple[Signals, Apart | None]:
         """Of all models, and apart from it the logits that are taken in chunks."""

@@ -336,7 +336,11 @@ def signals(case: Case, dtype: torch.dtype = torch.float32, length: int | None =
     own = {name: value for name, value in inputs.items() if name not in needs.columns and name in known}
     other = {name: value for name, value in case.objective().teacher_batch(inputs, step).items() if name in own}
     beside = theirs or frozenset({"logits"})  # as in a run
-    read = ((student, needs.student, own), (teacher, theirs, other), *((m, beside, own) for m in further.values()))
+    rows_of_others = [
+        (model, beside, {k: v for k, v in case.objective().frozen_batch(role, inputs, step).items() if k in own})
+        for role, model in further.items()
+    ]
+    read = ((student, needs.student, own), (teacher, theirs, other), *rows_of_others)
     for model, names, given in read:
         taps = Taps(model, names, o.sizes(model).layers)
         with torch.no_grad(), watching(taps):
@@ -373,7 +377,9 @@ def value(case: Case, given: Signals) -> tuple[Tensor, dict[str, Tensor]]:
     needs = objective.needs(o.sizes(student), o.sizes(teacher))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        objective.build({k: v.shape for k, v in given.student.items()}, {k: v.shape for k, v in given.teacher.items()})
+        theirs = {k: v.shape for k, v in given.teacher.items()}
+        theirs |= {f"{role}/{k}": v.shape for role, taps in given.frozen.items() for k, v in taps.items()}
+        objective.build({k: v.shape for k, v in given.student.items()}, theirs)
     local = d.count(o.kind_of(student), [given.inputs], [objective])
     step = _step(case, student, teacher)
     found = d.terms(d.Distiller([objective]), [needs], given, step, local, local)

@@ -69,7 +69,10 @@ def needs(case: Case) -> Needs:
     return case.objective().needs(*(o.sizes(unwrap(model)) for model in testing.pair(case)))
 
 
-HOOKS = ("batch", "teacher_batch", "network_losses", "count", "per_position", "forward", "after_step", "finish")
+HOOKS = (
+    *("batch", "teacher_batch", "frozen_batch", "network_losses", "count", "per_position", "forward", "after_step"),
+    "finish",
+)
 
 
 def wiring(case: Case) -> tuple[Any, ...]:
@@ -470,7 +473,10 @@ def everywhere(case: Case) -> bool:
 
 OWN_COLLATOR = "its rows come from a collator of its own"
 HEADLESS = of("acm", "autodistil", "ernie_tiny", "mi_alpha", "minilm", "features")
-STATES = of("autodistil", "ernie_tiny", "mi_alpha", "minilm", "features", "dmae", "fspad")
+STATES = of(
+    *("autodistil", "ernie_tiny", "mi_alpha", "minilm", "features", "multi_teacher", "efficient_attention"),
+    *("dmae", "fspad"),
+)
 RULES = (
     Rule("accumulation, a short last window", related, "it relates what is in a batch", refused=False),
     Rule("two callbacks of ours", everywhere, "two DistillCallbacks on one Trainer"),
@@ -518,7 +524,7 @@ RULES = (
     ),
     Rule(
         "teacher from a cache on disk",
-        lambda case: case.method == "features" and case.pictures,
+        lambda case: case.method in ("features", "multi_teacher") and case.pictures,
         "cannot be cached, as it does not follow the",
     ),
     Rule("teacher from a cache on disk", of("ddk"), "a cache without its model cannot be run"),

@@ -22,6 +22,7 @@ INPUTS = {
     "taid_repo_divergences": ("student_logits", "teacher_logits", "mask", "inf/*_logits"),
     "gkd_jsd": ("*_logits", "labels", "onpolicy/prompts", "onpolicy/prompt_attention_mask", "onpolicy/generated"),
     "minilm": ("attention_mask", "student_?", "teacher_?", "bert.input_ids", "bert.student.*", "bert.teacher.*"),
+    "distilbert_triple": ("student_*", "teacher_*", "attention_mask", "mlm_labels"),
     "adaspec": ("*_logits", "labels"),
     "diswot": ("*_feat", "semantic.labels", "semantic.*_pooled", "semantic.*_fc", "semantic_eq.teacher_fc_grad"),
     "alm": (

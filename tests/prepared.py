@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from hf_compress_plugins.encoders.acm import acm
+from hf_compress_plugins.encoders.efficient_attention import long_context_student
 from hf_compress_plugins.language.ddk import DDKConfig, domains
 from hf_compress_plugins.language.fspad import fspad
 from torch import Tensor
@@ -85,6 +86,12 @@ def drafter(student: PreTrainedModel) -> PreTrainedModel:
     return fspad(testing.models("text-generation")[1], config={"initializer_range": 0.05})
 
 
+def half(student: PreTrainedModel) -> PreTrainedModel:
+    """Of the layers of the suite's teacher, whose width the student needs."""
+    teachers = (testing.models(task)[1] for task in ("fill-mask", "token-classification"))
+    return long_context_student(next(teacher for teacher in teachers if type(teacher) is type(student)))
+
+
 SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 == 0)
 
 WORDS = (torch.arange(testing.VOCAB) % 4 == 0).to(torch.int8)
@@ -107,6 +114,7 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
         ),
     },
     "autodistil": {"settings": {"layers": (1, 2)}, "elsewhere": frozenset({"subspace"})},
+    "efficient_attention": {"student": half},
     "topkld": {"elsewhere": frozenset({"matrices", "quantize", "dequantize"})},
     "multi_exit": {"elsewhere": frozenset({"contrast", "pooled", "joined", "cut"})},
     "mi_alpha": {"elsewhere": frozenset({"hidden_loss", "logits_loss", "transport"})},

@@ -51,6 +51,16 @@ STATED: dict[str, tuple[str, float, str]] = {
     ),
     "sstoken": ("text-generation", 0.7204, "the labels of six tenths of the tokens, without a teacher"),
     "minilm": ("fill-mask", 0.6703, "relations of queries, keys and values, beside the task's own loss"),
+    "multi_teacher": (
+        "fill-mask",
+        1.6782,
+        "the mean of two teachers, five times, the last states, and twice the labels",
+    ),
+    "efficient_attention": (
+        "fill-mask",
+        2.8664,
+        "five times the soft targets, the last states, and twice the labels",
+    ),
     "ernie_tiny": ("text-classification", 0.5106, "the last states and attentions, beside the task's own loss"),
     "mi_alpha": ("text-classification", 0.5017, "information between first tokens' states, beside the task's own loss"),
     "multi_exit": ("text-classification", 0.5250, "the labels after inner layers, without a teacher"),

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from hf_compress import DistillCallback, testing
 from hf_compress.errors import ConfigurationError, MismatchError, UnknownNameError
-from hf_compress.objective import Needs, Rows, Signals, Sizes, Step
+from hf_compress.objective import Inputs, Needs, Rows, Signals, Sizes, Step
 
 TASK = "text-generation"
 
@@ -101,3 +101,38 @@ def test_without_a_teacher_a_further_model_gives_its_logits() -> None:
     found = testing.signals(CaseOfAlone("alone", TASK))
     assert not found.teacher
     assert found.frozen["reference"]["logits"].shape == found.student["logits"].shape
+
+
+class OwnIds(WithReference):
+    """The reference reads the ids in reverse; remembers the shapes that it was built from."""
+
+    shapes: Mapping[str, torch.Size]
+
+    def build(self, student: Mapping[str, torch.Size], teacher: Mapping[str, torch.Size]) -> None:
+        type(self).shapes = teacher
+
+    def frozen_batch(self, role: str, inputs: Inputs, step: Step) -> Inputs:
+        assert role == "reference"
+        return inputs | {"input_ids": inputs["input_ids"].flip(1), "attention_mask": inputs["attention_mask"].flip(1)}
+
+
+def test_it_may_read_other_ids_and_its_shapes_are_told(tmp_path: Path) -> None:
+    reference, teacher = testing.models(TASK)
+    trainer, _ = toys.run(tmp_path, OwnIds(), frozen={"reference": reference})
+
+    trainer.train()
+
+    signals = OwnIds.signals
+    own, mask = (signals.inputs[name] for name in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        for model, turned, found in ((reference, True, signals.frozen["reference"]), (teacher, False, signals.teacher)):
+            ids, real = (given.flip(1) if turned else given for given in (own, mask))
+            expected = model.eval()(input_ids=ids, attention_mask=real).logits
+            torch.testing.assert_close(found["logits"], expected)
+    assert OwnIds.shapes["reference/logits"] == OwnIds.shapes["logits"] == (2, 8, testing.VOCAB)
+
+
+def test_two_methods_that_choose_what_it_reads_are_refused(tmp_path: Path) -> None:
+    reference, _ = testing.models(TASK)
+    with pytest.raises(ConfigurationError, match="rewrite the frozen_batch"):
+        toys.run(tmp_path, [OwnIds(), OwnIds()], frozen={"reference": reference})

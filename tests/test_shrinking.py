@@ -59,6 +59,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "smollm3": lambda: hf.SmolLM3ForCausalLM(
         hf.SmolLM3Config(**TEXT, **SPECIAL, num_key_value_heads=2, no_rope_layer_interval=2)
     ),
+    "longformer": lambda: hf.LongformerForMaskedLM(
+        hf.LongformerConfig(**TEXT, **SPECIAL, attention_window=[4, 8, 16, 4])
+    ),
+    "big_bird": lambda: hf.BigBirdForMaskedLM(hf.BigBirdConfig(**TEXT, **SPECIAL, block_size=1, num_random_blocks=1)),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**PATCHES, intermediate_size=32, **LABELS)),
     "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**PATCHES)),
 }
@@ -178,6 +182,10 @@ def test_layer_types_follow_their_layers() -> None:
     student = shrink(teacher, layers=[0, 3])
 
     assert student.config.layer_types == [teacher.config.layer_types[0], teacher.config.layer_types[3]]
+
+
+def test_attention_windows_follow_their_layers() -> None:
+    assert shrink(made("longformer"), layers=[0, 2]).config.attention_window == [4, 16]
 
 
 def test_the_record_of_the_teacher_is_not_taken_over() -> None:

@@ -17,9 +17,11 @@ from hf_compress.taps import stacks
 from .sizes import REMEDY, on_meta
 
 Keep = Literal["even", "first", "last"]
-_PLACE_OR_MODE = "^_|layer_|idx|drop|training|checkpointing"
+_PLACE_OR_MODE = "^_|layer_|idx|drop|seed|training|checkpointing"
 """Names of attributes that do not tell what a block computes: its number, how it is trained; some models raise their
-dropout with depth."""
+dropout with depth, and BigBird draws a block's random attention in training by its number."""
+_EACH = re.compile("layer|^attention_window$")
+"""Names of lists in a config that hold an entry for each layer: layer_types, no_rope_layers; Longformer's windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ def set_depth(config: Any, found: Stack, chosen: Sequence[int]) -> None:
     if found.said != "layers":
         return
     for name, value in list(vars(inner).items()):
-        if isinstance(value, list) and len(value) == found.depth and "layer" in name:  # layer_types, no_rope_layers
+        if isinstance(value, list) and len(value) == found.depth and _EACH.search(name):
             setattr(inner, name, [value[layer] for layer in chosen])
     stages = getattr(inner, "stage_names", None)  # of vision models that can be a backbone: a stage is a layer
     if stages is not None and len(stages) == found.depth + 1 and inner.out_features == stages[-1:]:

@@ -9,8 +9,19 @@ section 3.
     R_ij = softmax( A_i A_jᵀ / √d_r + mask )
     l_x = Σ_(i,j) α_ij · 1/(A_r |x|) Σ_a Σ_τ KL( R_ij^teacher ‖ R_ij^student )    for each sentence x of |x| tokens
 
-v2 uses (Q,Q), (K,K), (V,V) with α = 1; v1 is (Q,K), (V,V) with A_r equal to both models' heads. Rows and columns of
-padding are cut off, so every sentence weighs the same, whatever its length. The teacher carries no gradient.
+v2 uses (Q,Q), (K,K), (V,V) with α = 1; v1 is (Q,K), (V,V) with A_r equal to both models' heads, MiniLM(relations=("qk",
+"vv"), weights=(1, 1), relation_heads=12). Rows and columns of padding are cut off, so every sentence weighs the same,
+whatever its length. The teacher carries no gradient.
+
+Queries and keys are taken after a rotation, where a model has one, and each as wide as it is: where queries share keys,
+K and V are narrower than Q, and A_r must divide their width too.
+
+A student of at most half the layers and half the width learns from a teacher assistant (the first paper): a model of
+the teacher's layers and the student's width, which learned from the teacher by the same loss. That is a run before the
+student's, each with a model of its own:
+
+    Trainer(assistant, …, callbacks=[DistillCallback(teacher, MiniLM())]).train()     # first the width is given up,
+    Trainer(student, …, callbacks=[DistillCallback(assistant, MiniLM())]).train()     # then the depth
 
 As published only the student's last queries, keys and values are supervised: its last output projection, feed-forward
 and norms get no gradient, nor does a head. Alone it is for pre-training a body; on a classifier add a method on logits.
