@@ -50,6 +50,8 @@ class Sizes:
     vocab: int
     """Size of the class axis of the logits; 0 where there is none."""
     config: PreTrainedConfig | None
+    causal: bool = False
+    """Whether its tokens attend to themselves and what comes before alone: a decoder, whatever its head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,4 +415,5 @@ def sizes(model: nn.Module, kind: Kind | None = None) -> Sizes:
         heads=getattr(text, "num_attention_heads", 0) or 0,
         vocab=(getattr(text, classes, 0) or 0) if classes else 0,
         config=config,
+        causal=kind == "causal" or any(getattr(module, "is_causal", False) is True for module in model.modules()),
     )

@@ -18,7 +18,7 @@ def logits(rows: int, vocab: int, seed: int) -> Tensor:
 
 def sizes(layers: int, kind: Kind = "tokens", width: int = 4) -> Sizes:
     """A model of that many blocks."""
-    return Sizes(kind=kind, layers=layers, width=width, heads=2, vocab=5, config=None)
+    return Sizes(kind=kind, layers=layers, width=width, heads=2, vocab=5, config=None, causal=kind == "causal")
 
 
 def step(global_step: int = 0, max_steps: int = 10) -> Step:

@@ -19,7 +19,7 @@ from hf_compress_plugins.encoders.ernie_tiny import (
     layer_map,
     state_loss,
 )
-from scene import sizes
+from scene import signals, sizes, step
 from transformers import AutoModelForSequenceClassification
 
 from hf_compress import export_onnx, testing
@@ -45,6 +45,31 @@ def test_attention_sees_real_tokens_alone_and_repeats_keys() -> None:
     torch.testing.assert_close(found.sum(-1), torch.ones(1, 4, 3))
     expected = (queries[0, 3] @ keys[0, 1].T / 2**0.5)[:, :2].softmax(-1)
     torch.testing.assert_close(found[0, 3, :, :2], expected)
+
+
+def test_a_decoder_attends_to_what_comes_before_alone() -> None:
+    queries, keys, real = torch.randn(1, 2, 3, 2), torch.randn(1, 2, 3, 2), torch.ones(1, 3, dtype=torch.bool)
+    found = attention(queries, keys, real, causal=True)
+    assert torch.equal(found.triu(1), torch.zeros_like(found))
+    torch.testing.assert_close(found[..., 2, :], attention(queries, keys, real)[..., 2, :])
+    behind = attention(queries, keys, torch.tensor([[False, True, True]]), causal=True)  # padding on the left
+    assert behind.isfinite().all()
+    assert torch.equal(behind[0, :, 1], torch.tensor([[0.0, 1.0, 0.0]] * 2))
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("causal", "none"), ("none", "causal"), ("none", "none")])
+def test_attention_is_compared_as_the_models_have_it(student: Any, teacher: Any) -> None:
+    """What comes after a token counts for neither model where one of the two does not see it."""
+    objective = ERNIETiny(hidden=False)
+    needs = objective.needs(sizes(1, student), sizes(1, teacher))
+    real = torch.ones(1, 3, dtype=torch.bool)
+    own, theirs = (
+        {name: torch.randn(1, 2, 3, 2) for name in sorted(names)} for names in (needs.student, needs.teacher)
+    )
+    found = objective.forward(signals(own, theirs, real), step())["attention"]
+    causal = "causal" in (student, teacher)
+    maps = [attention(one["q:0"], one["k:0"], real, causal=causal) for one in (own, theirs)]
+    torch.testing.assert_close(found, attention_loss(maps[0], maps[1], real))
 
 
 def test_losses_by_hand() -> None:

@@ -254,16 +254,18 @@ def test_taps_of_another_objective_are_not_taken_for_its_own() -> None:
     torch.testing.assert_close(both, alone)
 
 
-@pytest.mark.parametrize("kind", ["causal", "tokens"])
-def test_a_causal_model_is_compared_causally(kind: Any) -> None:
+@pytest.mark.parametrize(
+    "kinds", [("causal", "causal"), ("tokens", "causal"), ("causal", "none"), ("tokens", "tokens")]
+)
+def test_a_causal_model_is_compared_causally(kinds: Any) -> None:
     objective = MiniLM(relations=("qq",), weights=(1.0,), relation_heads=HEADS)
-    objective.needs(sizes(2, kind), sizes(3, kind))
+    objective.needs(sizes(2, kinds[0]), sizes(3, kinds[1]))
     q_s, q_t = heads_of(8, 0), heads_of(16, 10)
 
     found = objective(signals({"q:-1": q_s}, {"q:-1": q_t}, TOKENS), step())["qq"]
 
     s, t = concatenate_heads(q_s), concatenate_heads(q_t)
-    torch.testing.assert_close(found, minilm_relation((s, s), (t, t), TOKENS, heads=HEADS, causal=kind == "causal"))
+    torch.testing.assert_close(found, minilm_relation((s, s), (t, t), TOKENS, heads=HEADS, causal="causal" in kinds))
 
 
 @pytest.mark.parametrize("pair", [(0, 4), (4, 0)])

@@ -28,6 +28,7 @@ from transformers import (
 
 from hf_compress import DistillCallback
 from hf_compress.errors import MismatchError
+from hf_compress.objective import sizes
 
 WORDS, LENGTHS = 40, (9, 6, 4)
 COMMON: dict[str, Any] = {"vocab_size": WORDS, "initializer_range": 0.4, "pad_token_id": 0}
@@ -100,6 +101,27 @@ def projected(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, Ten
     for handle in handles:
         handle.remove()
     return found
+
+
+def test_a_decoder_without_its_head_looks_back_alone_too(tmp_path: Path) -> None:
+    """Body alone, beside a teacher of either kind: what is compared is what attention sees."""
+    found = []
+    for kind in ("head", "body", "teacher"):
+        student, teacher = made(llama, 16, 2, seed=0), made(llama, 32, 3, seed=1)
+        if kind == "body":
+            student = student.model
+        if kind == "teacher":
+            teacher = teacher.model
+        trainer, _ = train(tmp_path, student, teacher, MiniLM(relation_heads=2))
+        found.append(trainer.state.log_history[0]["distill_loss"])
+    assert found[1:] == pytest.approx([found[0]] * 2)
+
+
+def test_which_models_look_back_alone() -> None:
+    bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    back = made(llama, 16, 1, seed=0).model, made(gpt2, 16, 1, seed=0)
+    both = BertModel(bert), made(modernbert, 16, 1, seed=0)
+    assert [sizes(model).causal for model in (*back, *both)] == [True, True, False, False]
 
 
 FUSED = [

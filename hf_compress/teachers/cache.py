@@ -82,7 +82,8 @@ class _Header(_Part):
         names = {} if self.names is None else {"id2label": self.names}
         config = PreTrainedConfig(is_encoder_decoder=self.seq2seq, **names)
         config.vocab_size = self.embedded
-        return Sizes(kind=self.kind, layers=self.layers, width=0, heads=self.heads, vocab=self.vocab, config=config)
+        known = {"layers": self.layers, "width": 0, "heads": self.heads, "vocab": self.vocab}
+        return Sizes(kind=self.kind, config=config, causal=self.kind == "causal", **known)
 
 
 class _Manifest(_Part):

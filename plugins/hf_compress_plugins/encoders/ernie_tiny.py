@@ -66,21 +66,24 @@ def layer_map(student: int, teacher: int) -> tuple[int, ...]:
     return tuple(round(layer * teacher / student) for layer in range(1, student + 1))
 
 
-def attention(queries: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
+def attention(queries: Tensor, keys: Tensor, tokens: Tensor, *, causal: bool = False) -> Tensor:
     """Attention probabilities between real tokens.
 
     Args:
         queries: (batch, head, time, dim), any float type; widened to float32.
         keys: (batch, head, time, dim); fewer heads are repeated.
         tokens: (batch, time) bool, the real ones.
+        causal: a token attends to itself and what comes before.
 
     Returns:
-        (batch, head, time, time), 0 for keys that are padding.
+        (batch, head, time, time), 0 for keys that are padding or, where causal, come after; of a row of padding alone
+        anything finite.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     scores = queries.to(dtype) @ keys.to(dtype).mT / math.sqrt(queries.shape[-1])
-    return scores.masked_fill(~tokens[:, None, None, :], -math.inf).softmax(-1)
+    seen = tokens[:, None, None, :].expand_as(scores)
+    return scores.masked_fill(~(seen.tril() if causal else seen), torch.finfo(dtype).min).softmax(-1)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
@@ -121,6 +124,7 @@ class ERNIETiny(Objective):
 
     def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
         assert teacher is not None  # the callback asks for one first
+        self.causal = student.causal or teacher.causal
         self.pairs = tuple(enumerate(layer_map(student.layers, teacher.layers), 1))
         if self.config.attention and student.heads != teacher.heads:
             raise MismatchError(
@@ -167,7 +171,8 @@ class ERNIETiny(Objective):
         for taps, layer in ((signals.student, own), (signals.teacher, theirs)):
             queries, keys = (taps[f"{letter}:{layer - 1}"] for letter in "qk")
             padding = ~real[:, None, :, None]
-            maps.append(attention(queries.masked_fill(padding, 0.0), keys.masked_fill(padding, 0.0), real))
+            queries, keys = (vectors.masked_fill(padding, 0.0) for vectors in (queries, keys))
+            maps.append(attention(queries, keys, real, causal=self.causal))
         return attention_loss(maps[0], maps[1], real)
 
 

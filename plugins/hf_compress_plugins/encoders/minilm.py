@@ -161,7 +161,7 @@ class MiniLM(Objective):
     def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
         if teacher is None or not student.layers or not teacher.layers:
             raise MismatchError("minilm: both models must be transformers with num_hidden_layers in their configs.")
-        self.causal = student.kind == "causal"
+        self.causal = student.causal or teacher.causal
         letters = set("".join(self.config.relations))
         return Needs(
             student=frozenset(f"{letter}:-1" for letter in letters),
