@@ -252,7 +252,7 @@ METHOD = Method(
     summary="A ranking student, cross-encoder or bi-encoder, learns the teacher's margins between passages.",
     bibtex="""@misc{hofstatter2020marginmse,
   title = {Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation},
-  author = {Hofst{\\"a}tter, Sebastian and Althammer, Sophia and Schr{\\"o}der, Michael and Sertkan, Mete and
+  author = {Hofstätter, Sebastian and Althammer, Sophia and Schr{\\"o}der, Michael and Sertkan, Mete and
     Hanbury, Allan},
   year = {2020}, eprint = {2010.02666}, archivePrefix = {arXiv}
 }""",
