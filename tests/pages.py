@@ -15,7 +15,7 @@ from types import ModuleType
 import cases
 import families
 import features
-from hf_compress_evaluation import bench, claims, deployment, draft, narrowing
+from hf_compress_evaluation import bench, claims, deployment, draft, encoders, narrowing
 from hf_compress_evaluation import gallery as students
 from hf_compress_evaluation.demo.summary import markdown
 
@@ -74,6 +74,7 @@ def results(root: Path) -> str:
         "bench": benched(root),
         "deployment": deployed(root),
         "narrowing": narrowed(root),
+        "encoders": encoders.markdown(root / "evaluation" / "results" / "encoders"),
         "draft": drafted(root),
         "claims": claimed(root),
     }

@@ -78,6 +78,21 @@ def test_a_mean_over_seeds_resamples_their_rows_together() -> None:
     assert intervals.estimate(grid.mean_over_seeds([one, one])).interval is not None
 
 
+def test_the_page_holds_what_was_measured(tmp_path: Path) -> None:
+    assert encoders.markdown(tmp_path) == ""
+    encoders.keep("entities", table(tmp_path / "runs") | {"budget": {"epochs": 2.0, "rows": {"train": 4}}}, tmp_path)
+    latency = {"1": {"median": 0.00125, "p90": 0.002}, "32": {"median": 0.5, "p90": 1.0}}
+    sizes = {"layers": 3, "parameters": 17_300_000, "bytes": 69_400_000, "latency": latency}
+    about = {"command": "c", "date": "2026-01-01", "machine": "m", "length": 32}
+    encoders.keep("sizes", about | {"models": [sizes]}, tmp_path)
+    page = encoders.markdown(tmp_path)
+    assert "| 3 | 17.3 M | 69.4 MB | 1.25 | 500.00 |" in page
+    assert "### Entities in contracts" in page
+    (kd,) = [line for line in page.splitlines() if line.startswith("| kd ")]
+    interval = json.loads((tmp_path / "entities.json").read_text())["methods"][2]["figures"]["f1"]["interval"]
+    assert f"| 0.002 | 62.5 ± 17.7 ({100 * interval[0]:.1f} to {100 * interval[1]:.1f}) | 40" in kd
+
+
 def test_every_method_of_a_table_can_be_read() -> None:
     for methods in encoders.TABLES.values():
         assert [entry.name for entry in entries.read(",".join(methods))] == list(methods)

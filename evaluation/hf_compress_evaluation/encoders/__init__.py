@@ -26,7 +26,10 @@ from hf_compress_evaluation.demo.data import LABELS, LICENCE, Rows, load_sentime
 from hf_compress_evaluation.demo.recipe import packaged
 from hf_compress_evaluation.examples import read_rows
 
-from . import _models
+from . import _models, _sizes
+from ._page import markdown
+
+__all__ = ["RESULTS", "TABLES", "keep", "make", "markdown"]
 
 RESULTS = Path("evaluation/results/encoders")
 """Where tables are kept, seen from the checkout."""
@@ -58,6 +61,8 @@ TABLES = {
     "embeddings": ("features", "minilm", "features+minilm"),
 }
 """What each table compares by default."""
+SIZES = "sizes"
+"""Parameters, bytes and latency of the models that the methods train."""
 LAYERS = {"sentiment": 3, "sarcasm": 3, "two-layers": 2}
 COUNTS = {"choice": 1000, "test": 3000, "train": 2000}
 Tell = Callable[[str], None]
@@ -75,7 +80,7 @@ def make(
     """Runs what is missing of a table; returns what is kept of it.
 
     Args:
-        name: of `TABLES`.
+        name: of `TABLES`, or "sizes".
         output: folder of all tables; each teacher is trained once.
         methods: as `hf-compress sweep` takes them; None: those of the table.
         headlines: for sarcasm, a csv file with columns text and label.
@@ -86,8 +91,10 @@ def make(
         UnknownNameError: for another table.
         ConfigurationError: if the package with the encoder or the file of headlines is missing.
     """
+    if name == SIZES:
+        return _sizes.measure(output / name, tell)
     if name not in TABLES:
-        raise UnknownNameError("table", name, TABLES)
+        raise UnknownNameError("table", name, (*TABLES, SIZES))
     methods = methods or TABLES[name]
     if name in LAYERS:
         return _classify(name, output, methods, headlines, tell, progress)
