@@ -10,6 +10,7 @@ import pytest
 import torch
 from alone import output_of
 from hf_compress_plugins.encoders import acm as module
+from hf_compress_plugins.encoders._modeling_acm_vit import ACMBlock
 from hf_compress_plugins.encoders.acm import (
     ACM,
     RECIPE,
@@ -207,6 +208,23 @@ def test_it_exports_with_parity_and_loads_where_this_package_cannot_be_imported(
     with torch.no_grad():
         own = made(torch.ones(1, 3, 8, 8)).logits
     torch.testing.assert_close(alone, own)
+
+
+def test_one_number_of_learners_for_all_tokens_is_kept_in_the_folder(tmp_path: Path) -> None:
+    """None in feed-forward blocks, where the residual remains, leaves one in projections."""
+    made = student().eval()
+    made.save_pretrained(tmp_path / "gates")
+    for taken in (0, 2):
+        for block in made.modules():
+            if isinstance(block, ACMBlock):
+                block.fixed = max(taken, block.lowest)
+        loaded = type(made).from_pretrained(tmp_path / "gates", taken=taken).eval()
+        loaded.save_pretrained(tmp_path / "fixed")
+        again = type(made).from_pretrained(tmp_path / "fixed").eval()
+        with torch.no_grad():
+            wanted = made(torch.ones(1, 3, 8, 8)).logits
+            torch.testing.assert_close(loaded(torch.ones(1, 3, 8, 8)).logits, wanted)
+            torch.testing.assert_close(again(torch.ones(1, 3, 8, 8)).logits, wanted)
 
 
 def test_a_student_of_another_kind_and_settings_out_of_range_are_refused(tmp_path: Path) -> None:

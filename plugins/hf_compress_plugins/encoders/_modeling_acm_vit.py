@@ -22,6 +22,8 @@ class ACMViTConfig(ViTConfig):  # type: ignore[misc]  # transformers is not type
         projection_activation: "identity" or "gelu", between the two layers of a learner there.
         gate_size: hidden width of the gates.
         gate_temperature: of the Gumbel softmax in training.
+        taken: one number of learners for every token, of which alone a graph then computes the work; None: the gates
+            choose, and a graph computes all of them.
     """
 
     model_type = "acm_vit"
@@ -35,13 +37,14 @@ class ACMViTConfig(ViTConfig):  # type: ignore[misc]  # transformers is not type
         projection_activation: str = "identity",
         gate_size: int = 16,
         gate_temperature: float = 0.8,
+        taken: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.learners, self.learner_size = learners, learner_size
         self.projections, self.projection_size = projections, projection_size
         self.projection_activation = projection_activation
-        self.gate_size, self.gate_temperature = gate_size, gate_temperature
+        self.gate_size, self.gate_temperature, self.taken = gate_size, gate_temperature, taken
 
 
 class ACMBlock(nn.Module):
@@ -69,7 +72,7 @@ class ACMBlock(nn.Module):
             nn.Linear(config.gate_size, self.count + 1 - self.lowest),
         )  # fmt: skip
         self.route = nn.Identity()
-        self.fixed: int | None = None
+        self.fixed: int | None = None if config.taken is None else max(config.taken, self.lowest)
         """One number of learners for all tokens instead of the gate's."""
 
     @property
@@ -89,10 +92,19 @@ class ACMBlock(nn.Module):
         weight: torch.Tensor = self.learners["down"].get_parameter("weight").T
         return torch.einsum("...nh,nhd->...nd", self.hidden(states), weight.reshape(self.count, self.size, -1))
 
+    def first(self, states: torch.Tensor, count: int) -> torch.Tensor:
+        """(…, width) sum of the first learners, of which alone the work is done."""
+        kept, up, down = count * self.size, self.learners["up"], self.learners["down"]
+        weight, bias = up.get_parameter("weight")[:kept], up.get_parameter("bias")[:kept]
+        found = nn.functional.linear(states, weight, bias)
+        if not self.linear:
+            found = nn.functional.gelu(found)
+        return nn.functional.linear(found, down.get_parameter("weight")[:, :kept])
+
     def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """(…, width): dense, the learners that a token does not take are multiplied by 0."""
         if self.fixed is not None:
-            return self.each(states)[..., : self.fixed, :].sum(-2)
+            return self.first(states, self.fixed)
         logits = self.gate(states)
         if self.training:
             choice = nn.functional.gumbel_softmax(logits, tau=self.temperature, hard=True)
