@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from prepared import PREPARED
+from prepared import PREPARED, cases
 from stub import GradientKeeper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
@@ -26,7 +26,7 @@ from hf_compress.taps import unwrap
 from hf_compress.teachers import cache, ensemble, own
 from hf_compress.testing import Case, weights_hash
 
-CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.cases()]
+CASES = cases()
 LANGUAGE = ("fill-mask", "text-generation")
 RANDOM = {"acm"}
 """Whose student draws in its own forward."""
@@ -483,6 +483,8 @@ RULES = (
     Rule("LoRA student", of("acm"), "'output:vit.layers.0.attention.v_proj.route'] carry no gradient"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
     Rule("padding left", of("dparallel", "alm", "swing"), OWN_COLLATOR, refused=False),
+    Rule("padding left", of("encoder_decoder"), "its answers are padded on the right", refused=False),
+    Rule("packed sequences", of("encoder_decoder"), "causal models alone", refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
     Rule("packed sequences", of("alm", "swing"), OWN_COLLATOR, refused=False),
     Rule(
@@ -508,7 +510,7 @@ RULES = (
     ),
     Rule(
         "teacher from a cache on disk",
-        of("dparallel", "dmae", "aligndistil", "semantic_revision"),
+        of("dparallel", "dmae", "aligndistil", "semantic_revision", "encoder_decoder"),
         "a method of this run changes the batch",
     ),
     Rule(
@@ -519,7 +521,14 @@ RULES = (
     Rule("teacher from a cache on disk", of("ddk"), "a cache without its model cannot be run"),
     Rule("mean of two teachers", STATES, "use methods on logits alone"),
     Rule(
-        "mean of two teachers", of("ddk", "semantic_revision"), "a method that calls the teacher itself needs one model"
+        "mean of two teachers",
+        of("ddk", "semantic_revision", "encoder_decoder"),
+        "a method that calls the teacher itself needs one model",
+    ),
+    Rule(
+        "the student without its adapters as teacher",
+        of("encoder_decoder"),
+        "the teacher must be a causal language model",
     ),
     Rule(
         "the student without its adapters as teacher",
