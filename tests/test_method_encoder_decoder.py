@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from datasets import Dataset
 from hf_compress_plugins.encoders import encoder_decoder as method
 from hf_compress_plugins.encoders.encoder_decoder import (
     METHOD,
-    SAMPLED,
     EncoderDecoder,
     encoder_decoder,
     of_answers,
@@ -24,7 +24,7 @@ from hf_compress_plugins.encoders.encoder_decoder import (
     with_answers,
 )
 from hf_compress_plugins.general.kd import KD
-from scene import logits, sizes
+from scene import logits, signals, sizes, step
 from stub import GradientKeeper
 from tiny import tiny_plain_tokenizer
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_compress import DistillCallback
+from hf_compress import DistillCallback, DistillConfig
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import IGNORED, Inputs, Sizes
 from hf_compress.outputs import decoder_inputs
@@ -47,6 +47,9 @@ ENDS = range(END, 8)
 """Of the student's own answers: so many that an untrained model ends some early."""
 ROWS = (([5, 6, 7, 8, END], [9, 10, END]), ([11, 12, END], [13, 14, 15, 16, END]), ([17, END], [END]))
 """Source and answer: unequal, so that a mean of means shows."""
+
+
+TOKENS = signals({}, {}, torch.ones(1, 2, dtype=torch.bool))
 
 
 @cache
@@ -114,6 +117,7 @@ def trainer(
         "use_cpu": True,
         "train_sampling_strategy": "sequential",
     }
+    config = settings.pop("config", None)
     more = {name: settings.pop(name) for name in ("processing_class", "eval_dataset") if name in settings}
     kept = GradientKeeper()
     args = TrainingArguments(str(folder), **(given | settings))
@@ -122,7 +126,7 @@ def trainer(
         args=args,
         train_dataset=Dataset.from_list(rows()),
         data_collator=collate,
-        callbacks=[DistillCallback(teacher, objective), kept, *callbacks],
+        callbacks=[DistillCallback(teacher, objective, config=config), kept, *callbacks],
         **more,
     )
     return made, teacher, kept
@@ -210,13 +214,15 @@ def test_a_prediction_sees_the_source_and_the_tokens_before_it() -> None:
         assert changed[:, 3].all()
 
 
-@pytest.mark.parametrize("lmbda", [1.0, 0.0])
-def test_a_step_is_the_weighed_sum_of_both_passes(lmbda: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lmbda", "memory"), [(1.0, "dense"), (1.0, "chunked"), (0.0, "dense")])
+def test_a_step_is_the_weighed_sum_of_both_passes(lmbda: float, memory: Any, tmp_path: Path) -> None:
     """0.9 of the divergence on the student's own answers, or the data's, and 0.1 of the data's cross-entropy."""
     student, teacher = models()
     answers = Answers()
     with mock.patch.object(method, "on_policy", answers):
-        made, frozen, kept = trainer(tmp_path, EncoderDecoder(lmbda=lmbda, max_new_tokens=6))
+        made, frozen, kept = trainer(
+            tmp_path, EncoderDecoder(lmbda=lmbda, max_new_tokens=6), config=DistillConfig(memory=memory)
+        )
         start = {name: value.clone() for name, value in frozen.state_dict().items()}
         made.train()
     batch = collate(rows())
@@ -392,7 +398,15 @@ def test_other_pairs_are_refused_and_settings_decide_the_weights() -> None:
     assert EncoderDecoder(a=1.0).task_weight == 0.0
     assert EncoderDecoder().overrides("batch")
     assert not EncoderDecoder(lmbda=0.0).overrides("batch")
-    assert SAMPLED not in ("labels", "input_ids")
+    unknown = EncoderDecoder()
+    unknown.needs(own, replace(theirs, vocab=0))
+    assert not unknown._never
+    with pytest.raises(MismatchError, match="the batch has no input_ids, it has .'input_features', 'labels'."):
+        unknown.forward(
+            replace(TOKENS, inputs={"input_features": torch.zeros(1, 2), "labels": torch.ones(1, 2)}), step()
+        )
+    with pytest.raises(MismatchError, match="without labels there is no answer"):
+        unknown.forward(TOKENS, step())
 
 
 def test_a_teacher_s_rows_label_the_answer_alone() -> None:

@@ -13,6 +13,8 @@ Return of the Encoder: Maximizing Parameter Efficiency for SLMs, 2025, arXiv:250
 L_ce is the task's own loss, of the Trainer's batch; the answer that L_kd is taken on is drawn anew at every step, from
 the student as it is. No gradient flows through sampling, none into the teacher. With λ below 1 L_kd is taken on the
 data's answers in the other batches, and so it is in evaluation. A source is scored nowhere; the end of an answer is.
+No position that is scored sees the padding of an answer. A step writes an answer and runs the student once more than
+plain training; both models' logits of the answers are held whole.
 
 Student and teacher read the ids of one tokenizer, compared before training where the teacher brings its own; the sizes
 that their vocabularies are padded to may differ. The student is any encoder-decoder that generates (the paper's has
@@ -161,7 +163,8 @@ class EncoderDecoder(Objective):
                 f"encoder_decoder: the teacher must be a causal language model (AutoModelForCausalLM), its outputs are "
                 f"{teacher.kind!r}. For a teacher like the student use method='gkd'."
             )
-        self._never = range(teacher.vocab if teacher is not None else student.vocab, student.vocab)
+        known = teacher.vocab if teacher is not None else 0  # 0: its config does not tell
+        self._never = range(known or student.vocab, student.vocab)
         return Needs(student=frozenset(), teacher=frozenset(), mean_over="examples")
 
     def batch(self, inputs: Inputs, step: Step) -> Inputs:
