@@ -401,7 +401,7 @@ def test_other_pairs_are_refused_and_settings_decide_the_weights() -> None:
     unknown = EncoderDecoder()
     unknown.needs(own, replace(theirs, vocab=0))
     assert not unknown._never
-    with pytest.raises(MismatchError, match="the batch has no input_ids, it has .'input_features', 'labels'."):
+    with pytest.raises(MismatchError, match=r"the batch has no input_ids, it has \['input_features', 'labels'\]"):
         unknown.forward(
             replace(TOKENS, inputs={"input_features": torch.zeros(1, 2), "labels": torch.ones(1, 2)}), step()
         )
