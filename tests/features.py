@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from prepared import PREPARED
+from prepared import PREPARED, cases
 from stub import GradientKeeper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
@@ -26,7 +26,7 @@ from hf_compress.taps import unwrap
 from hf_compress.teachers import cache, ensemble, own
 from hf_compress.testing import Case, weights_hash
 
-CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.cases()]
+CASES = cases()
 LANGUAGE = ("fill-mask", "text-generation")
 RANDOM = {"acm"}
 """Whose student draws in its own forward."""
@@ -494,6 +494,8 @@ RULES = (
     Rule("LoRA student", of("autodistil"), "merge adapters first"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
     Rule("padding left", of("dparallel", "alm", "swing", "margin_mse", "dear"), OWN_COLLATOR, refused=False),
+    Rule("padding left", of("encoder_decoder"), "its answers are padded on the right", refused=False),
+    Rule("packed sequences", of("encoder_decoder"), "causal models alone", refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
     Rule("packed sequences", of("alm", "swing"), OWN_COLLATOR, refused=False),
     Rule(
@@ -519,7 +521,7 @@ RULES = (
     ),
     Rule(
         "teacher from a cache on disk",
-        of("dparallel", "dmae", "aligndistil", "semantic_revision"),
+        of("dparallel", "dmae", "aligndistil", "semantic_revision", "encoder_decoder"),
         "a method of this run changes the batch",
     ),
     Rule(
@@ -531,7 +533,14 @@ RULES = (
     Rule("mean of two teachers", of("margin_mse", "dear"), 'Pass mean="logits"'),
     Rule("mean of two teachers", STATES, "use methods on logits alone"),
     Rule(
-        "mean of two teachers", of("ddk", "semantic_revision"), "a method that calls the teacher itself needs one model"
+        "mean of two teachers",
+        of("ddk", "semantic_revision", "encoder_decoder"),
+        "a method that calls the teacher itself needs one model",
+    ),
+    Rule(
+        "the student without its adapters as teacher",
+        of("encoder_decoder"),
+        "the teacher must be a causal language model",
     ),
     Rule(
         "the student without its adapters as teacher",

@@ -79,6 +79,13 @@ INPUTS = {
         *("mlp.critic.*", "simple.logits_?", "simple.teacher_hidden"),
     ),
     "distiller_pipeline_table": ("*",),
+    "return_of_the_encoder": (
+        "student_logits",
+        "same_vocab.student_logits",
+        "teacher_logits",
+        "align.source_ids",
+        "align.generated_ids",
+    ),
     "eagle_objective": ("predict_features", "target_features", "head_weight", "loss_mask"),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from hf_compress_plugins.encoders.efficient_attention import long_context_studen
 from hf_compress_plugins.language.ddk import DDKConfig, domains
 from hf_compress_plugins.language.fspad import fspad
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedModel, TrainingArguments
 
 from hf_compress import testing
 
@@ -92,6 +93,28 @@ def half(student: PreTrainedModel) -> PreTrainedModel:
     return long_context_student(next(teacher for teacher in teachers if type(teacher) is type(student)))
 
 
+def bart(student: PreTrainedModel) -> PreTrainedModel:
+    """An encoder-decoder with the student's vocabulary."""
+    sides = ("encoder", "decoder")
+    sizes = {f"{side}_{name}": value for side in sides for name, value in BART_SIZES.items()}
+    config = BartConfig(
+        vocab_size=testing.VOCAB,
+        d_model=16,
+        dropout=0.0,
+        init_std=0.2,
+        max_position_embeddings=64,
+        pad_token_id=testing.PAD,
+        bos_token_id=testing.PAD,
+        decoder_start_token_id=testing.PAD,
+        eos_token_id=1,
+        forced_eos_token_id=None,
+        **sizes,
+    )
+    return BartForConditionalGeneration(config)
+
+
+BART_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+
 SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 == 0)
 
 WORDS = (torch.arange(testing.VOCAB) % 4 == 0).to(torch.int8)
@@ -128,6 +151,11 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
         "prepare": after_a_token,
         "settings": {"max_new_tokens": 4, "sampling_temperature": 0.0, "boundaries": WORDS},
     },
+    "encoder_decoder": {
+        "task": "text-generation",
+        "student": bart,
+        "settings": {"max_new_tokens": 4, "sampling_temperature": 0.0},
+    },
     "swing": {"prepare": with_privacy, "elsewhere": frozenset({"private_tokens"})},
     "alm": {
         "prepare": for_two_models,
@@ -136,3 +164,11 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Fields of `testing.Case`, by method."""
+
+
+def cases() -> list[testing.Case]:
+    """Every case that the suite can run with what is prepared here: further methods with models of their own."""
+    found = testing.cases()
+    named = {case.method for case in found}
+    found += [testing.Case(name, fields["task"]) for name, fields in PREPARED.items() if name not in named]
+    return [replace(case, **PREPARED.get(case.method, {})) for case in found]

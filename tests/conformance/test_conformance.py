@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prepared import PREPARED
+from prepared import cases
 
 from hf_compress import registry, testing
 
-CASES = [replace(case, **PREPARED.get(case.method, {})) for case in testing.cases()]
+CASES = cases()
 
 
 def in_turn() -> list[Any]:
     """Every check on every case; on all but one task of a method, another at each check, it is slow."""
     found = []
-    for _, cases in groupby(CASES, key=lambda case: case.method):
-        tasks = list(cases)
+    for _, of_method in groupby(CASES, key=lambda case: case.method):
+        tasks = list(of_method)
         for turn, check in enumerate(testing.CHECKS):
             name = check.__name__.removeprefix("check_")
             for place, case in enumerate(tasks):
