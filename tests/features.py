@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from prepared import PREPARED, cases
+from prepared import PREPARED, SIGNED, cases
 from stub import GradientKeeper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
@@ -30,8 +30,6 @@ CASES = cases()
 LANGUAGE = ("fill-mask", "text-generation")
 RANDOM = {"acm"}
 """Whose student draws in its own forward."""
-SIGNED = {"mi_alpha"}
-"""Whose loss may be below 0, and is 0 for a batch of one row."""
 PREPARES = {name for name, found in PREPARED.items() if "prepare" in found}
 """Methods with data or a collator of their own."""
 

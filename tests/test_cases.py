@@ -29,7 +29,7 @@ from hf_compress_plugins.tokenizers._preparation import two_tokenizations
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared import PREPARED
+from prepared import PREPARED, SIGNED
 from safetensors.torch import load_file
 from scene import logits
 from stub import GradientKeeper, StubForTokenClassification, arguments, stub_trainer
@@ -218,7 +218,7 @@ def test_four_steps_of_accumulation_do_not_multiply_whatever_the_trainer_guesses
 
 
 def _needs(case: testing.Case) -> Needs:
-    return case.objective().needs(*(sizes(model) for model in testing.models(case.task)))
+    return case.objective().needs(*(sizes(model) for model in testing.pair(case)))
 
 
 def _on_vocabulary(case: testing.Case) -> bool:
@@ -957,7 +957,8 @@ def test_a_method_trains_on_every_task_that_it_advertises(name: str, task: str, 
 
     assert made.model.config.compression["task"] == task
     assert len(keeper.gradients) == 2
-    assert min(toys.logged(made, "distill_loss")) > 0
+    losses = toys.logged(made, "distill_loss")
+    assert min(losses) > 0 or (name in SIGNED and all(losses))
     assert testing.weights_hash(student) != start
 
 
