@@ -152,6 +152,10 @@ def test_marks_are_read_back(text: str) -> None:
     assert found == found.strip()
 
 
+def test_spaces_that_a_tokenizer_puts_beside_a_mark_are_dropped() -> None:
+    assert decode_layout(f"a {LINE} b{SPACES[2]} {SPACES[1]} c d") == "a\nb   c d"
+
+
 def test_a_run_takes_a_mark_for_each_power_of_two() -> None:
     assert encode_layout(f"a{' ' * 13}b") == f"a{SPACES[8]}{SPACES[4]}{SPACES[1]}b"
     assert encode_layout(f"a{' ' * 200}b").count(SPACES[64]) == 3
@@ -313,6 +317,7 @@ def test_the_competence_by_hand() -> None:
     assert competence(99, config) < competence(100, config) == competence(1000, config) == 1.0
     assert [admitted(0, rows, config) for rows in (1, 10, 11, 30, 100)] == [1, 1, 2, 3, 10]
     assert competence(0, CurriculumConfig(T_c=1, c0=1.0)) == 1.0
+    assert admitted(0, 100, CurriculumConfig(T_c=1, c0=0.07)) == 7  # 0.07 · 100 is above 7 in binary
     with pytest.raises(ConfigurationError, match="c0 in"):
         CurriculumConfig(T_c=1, c0=0.0)
 
@@ -498,7 +503,7 @@ def test_an_order_is_not_read_before_it_is_known() -> None:
     assert [len(data.places(step)) for step in (3, 5)] == [BATCH, BATCH]
     data.decide(3, torch.arange(20.0).flip(0))
     assert (
-        data.places(2).tolist() == curriculum(**REFRESHED | {"difficulty": torch.arange(20.0)}).places(2).tolist()
+        data.places(3).tolist() == curriculum(**REFRESHED | {"difficulty": torch.arange(20.0)}).places(3).tolist()
     )  # by order 2
     assert curriculum(steps=20, fetched=3, **REFRESHED).interval_of(5) == 1
 

@@ -54,7 +54,7 @@ def competence(step: int, config: CurriculumConfig) -> float:
 
 def admitted(step: int, rows: int, config: CurriculumConfig) -> int:
     """How many of the easiest rows are admitted: c(t) of them rounded up, so at least one."""
-    return min(rows, math.ceil(round(competence(step, config) * rows, 9)))  # 0.1 · 30 is above 3 in binary
+    return min(rows, math.ceil(round(competence(step, config) * rows, 9)))  # 0.07 · 100 is above 7 in binary
 
 
 def easiest_first(difficulty: Tensor, *, seed: int) -> Tensor:
