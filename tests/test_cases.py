@@ -931,6 +931,7 @@ OWN_RUN = {
     "sid": "test_method_sid.py::test_the_student_and_the_fake_score_move_and_the_teacher_does_not",
     "encoder_decoder": "test_method_encoder_decoder.py::test_a_step_is_the_weighed_sum_of_both_passes",
     "diswot": "test_method_diswot.py::test_a_search_tries_every_configuration_that_fits_and_builds_the_best",
+    "document_curriculum": "test_method_document_curriculum.py::test_a_student_learns_the_teacher_s_answers",
     "krr_st": "test_method_krr_st.py::test_the_product_is_a_data_set_that_a_trainer_learns_from",
     "llmlingua2": "test_method_llmlingua2.py::test_trained_saved_loaded_and_exported_it_compresses_as_it_was_taught",
     "reasoning_traces": "test_method_reasoning_traces.py::test_a_wrong_answer_is_asked_again_until_one_is_right",

@@ -86,6 +86,7 @@ SAMPLES: dict[str, tuple[dict[str, Any], str | None, float]] = {
     "cer": ({"predictions": SPOKEN[0], "references": SPOKEN[1]}, None, 14 / 41),
     "perplexity": ({"nats": [math.log(8), math.log(2)], "tokens": [3, 1]}, "perplexity", 2.0),
     "bits_per_byte": ({"nats": [math.log(8), math.log(2)], "bytes": [6, 2]}, "bits_per_byte", 0.5),
+    "anls": ({"predictions": ["ABCD ", "ab"], "references": [["x", "abce"], ["cd", "ac"]]}, "anls", 0.375),
     "acceptance_rate": ({"accepted": [2.5, 0.5], "tokens": [3, 1], "gamma": 2}, "block_efficiency", 1 + 3 / 4 + 9 / 16),
     "ndcg": (
         {"predictions": [[3.0, 2.0, 1.0], [1.0, 2.0]], "references": [[0, 1, 0], [0, 1]]},

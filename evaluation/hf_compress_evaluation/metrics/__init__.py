@@ -10,7 +10,7 @@ offline. Where the online one needs a hub model or has no such name, the docstri
 | `pearsonr`, `spearmanr` | -1 to 1 | |
 | `seqeval` | fractions, over all entities and by type | seqeval |
 | `squad` | per cent | |
-| `exact_match` | fraction | |
+| `exact_match`, `anls` | fractions | |
 | `rouge` | fractions | rouge-score |
 | `sacrebleu`, `chrf` | 0 to 100 | sacrebleu |
 | `wer`, `cer` | errors for each word or character of the reference | jiwer |
@@ -34,7 +34,7 @@ from .classes import F1, Accuracy, F1Macro, F1Micro, MatthewsCorrelation, Pearso
 from .language import AcceptanceRate, BitsPerByte, Perplexity
 from .rankings import Mrr, Ndcg
 from .segmentation import MeanIou
-from .spans import ExactMatch, Seqeval, Squad, entities
+from .spans import Anls, ExactMatch, Seqeval, Squad, entities
 from .texts import Cer, Chrf, Rouge, Sacrebleu, Wer
 
 __all__ = ["METRICS", "entities", "load"]
@@ -50,6 +50,7 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "seqeval": Seqeval,
     "squad": Squad,
     "exact_match": ExactMatch,
+    "anls": Anls,
     "rouge": Rouge,
     "sacrebleu": Sacrebleu,
     "chrf": Chrf,

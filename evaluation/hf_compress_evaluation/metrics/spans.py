@@ -15,7 +15,8 @@ import numpy as np
 
 from hf_compress.errors import MismatchError, UnknownNameError
 
-from ._base import TEXTS, Offline, needs
+from ._base import ONE_OR_MANY, TEXTS, Offline, needs
+from .texts import several
 
 logger = logging.getLogger(__name__)
 
@@ -226,3 +227,38 @@ class ExactMatch(Offline):
 
         same = [bare(given) == bare(true) for given, true in zip(predictions, references, strict=True)]
         return {"exact_match": float(np.mean(same))}
+
+
+class Anls(Offline):
+    """Average normalised Levenshtein similarity of short answers, in [0, 1], mean over the questions.
+
+    Of each question the best of 1 - edits / length of the longer text over its `references`, where that is above 0.5,
+    else 0. Case and white space at the ends are no difference. No metric of that name is online.
+
+    Biten et al.: Scene Text Visual Question Answering, ICCV 2019, arXiv:1905.13648.
+
+    >>> Anls(keep_in_memory=True).compute(predictions=["abcd", "ab"], references=[["abce", "x"], ["cd"]])
+    {'anls': 0.375}
+
+    Raises:
+        MismatchError: for a question without an answer.
+    """
+
+    INPUTS = "predictions: texts; references: texts, or lists of texts"
+    CITATION = """@inproceedings{anls,
+  title = {Scene Text Visual Question Answering},
+  author = {Biten, Ali Furkan and Tito, Ruben and Mafla, Andres and others},
+  booktitle = {ICCV},
+  year = {2019}
+}"""
+    FEATURES = ONE_OR_MANY
+
+    def score(
+        self, *, predictions: Sequence[str], references: Sequence[str] | Sequence[Sequence[str]]
+    ) -> dict[str, float]:
+        from hf_compress_plugins.encoders.document_curriculum import (
+            anls,
+        )  # with what trains by it: it is slow to import
+
+        pairs = zip(predictions, several("anls", references), strict=True)
+        return {"anls": float(np.mean([anls(said, gold) for said, gold in pairs]))}

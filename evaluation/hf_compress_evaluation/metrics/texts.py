@@ -55,7 +55,7 @@ class Rouge(Offline):
         )
         rows = [
             scorer.score_multi(true, given)
-            for given, true in zip(predictions, _several("rouge", references), strict=True)
+            for given, true in zip(predictions, several("rouge", references), strict=True)
         ]
         values = {name: [float(row[name].fmeasure) for row in rows] for name in names}
         return {name: float(np.mean(each)) if use_aggregator else each for name, each in values.items()}
@@ -213,7 +213,7 @@ class Cer(_ErrorRate):
     UNIT, JOINT = "characters", ""
 
 
-def _several(metric: str, references: Sequence[str] | Sequence[Sequence[str]]) -> list[Sequence[str]]:
+def several(metric: str, references: Sequence[str] | Sequence[Sequence[str]]) -> list[Sequence[str]]:
     """A list of references for each row, one of one where a text was given."""
     rows = [[row] if isinstance(row, str) else row for row in references]
     if not all(rows):
@@ -223,7 +223,7 @@ def _several(metric: str, references: Sequence[str] | Sequence[Sequence[str]]) -
 
 def _streams(metric: str, references: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
     """First references of all rows, second ones, ..., as sacrebleu takes them."""
-    rows = _several(metric, references)
+    rows = several(metric, references)
     counts = set(map(len, rows))
     if len(counts) > 1:
         raise MismatchError(f"{metric}: rows have {min(counts)} to {max(counts)} references, expected equally many.")
