@@ -161,7 +161,7 @@ def run(variant: str, seed: int) -> Mapping[str, float]:
         torch.manual_seed(seed)
         student = mend(llm, config={"distiller": shrink(llm, layers=2), "num_virtual_tokens": VECTORS})
         if variant == "random vectors":
-            vectors = student.get_input_embeddings().weight.std() * torch.randn(1, VECTORS, 128)
+            vectors = llm.model.embed_tokens.weight.std() * torch.randn(1, VECTORS, 128)
             return figures(lambda _, ids, mask: student(ids, attention_mask=mask, virtual_tokens=vectors).logits)
     for kind, steps in zip(("text", "tasks"), STAGES[variant], strict=True):
         if steps:
