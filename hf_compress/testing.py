@@ -509,10 +509,14 @@ def check_nan_outside_what_is_scored_changes_nothing(case: Case, folder: Path) -
     clean = signals(case)
     total, gradients = value(case, clean)
     own_ids = not case.objective().needs(*_sizes(case)).same_tokens
+    theirs = clean
+    if own_ids:
+        read = case.objective().teacher_batch(clean.inputs, _step(case, *pair(case)))
+        theirs = dataclasses.replace(clean, tokens=o.tokens(read))
     spoilt = dataclasses.replace(
         clean,
         student={name: _spoil(clean, name, tensor, own_ids).requires_grad_() for name, tensor in clean.student.items()},
-        teacher={name: _spoil(clean, name, tensor, own_ids) for name, tensor in clean.teacher.items()},
+        teacher={name: _spoil(theirs, name, tensor, own_ids) for name, tensor in clean.teacher.items()},
         frozen={
             role: {name: _spoil(clean, name, tensor) for name, tensor in taps.items()}
             for role, taps in clean.frozen.items()

@@ -491,11 +491,11 @@ RULES = (
     Rule("LoRA student", of("acm"), "'output:vit.layers.0.attention.v_proj.route'] carry no gradient"),
     Rule("LoRA student", of("autodistil"), "merge adapters first"),
     Rule("padding left", lambda case: case.pictures, "images are not padded", refused=False),
-    Rule("padding left", of("dparallel", "alm", "swing", "margin_mse", "dear"), OWN_COLLATOR, refused=False),
+    Rule("padding left", of("dparallel", "alm", "swing", "margin_mse", "dear", "mend"), OWN_COLLATOR, refused=False),
     Rule("padding left", of("encoder_decoder"), "its answers are padded on the right", refused=False),
     Rule("packed sequences", of("encoder_decoder"), "causal models alone", refused=False),
     Rule("packed sequences", lambda case: case.task != "text-generation", "causal models alone", refused=False),
-    Rule("packed sequences", of("alm", "swing"), OWN_COLLATOR, refused=False),
+    Rule("packed sequences", of("alm", "swing", "mend"), OWN_COLLATOR, refused=False),
     Rule(
         "packed sequences",
         of("minilm", "sstoken", "semantic_revision", "fspad"),
@@ -514,7 +514,7 @@ RULES = (
     Rule("data without labels", of("ddk"), "evaluate needs a data set with labels"),
     Rule(
         "return_dict=False",
-        lambda case: case.pictures or (case.task == "text-generation" and case.method != "fspad"),
+        lambda case: case.pictures or (case.task == "text-generation" and case.method not in ("fspad", "mend")),
         "'tuple' object has no attribute 'last_hidden_state'",
     ),
     Rule(

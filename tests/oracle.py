@@ -86,6 +86,7 @@ INPUTS = {
         "align.source_ids",
         "align.generated_ids",
     ),
+    "mend": ("demo_ids", "query_*", "teacher_*", "kl.*_logits", "llm.*", "virtual_demo"),
     "eagle_objective": ("predict_features", "target_features", "head_weight", "loss_mask"),
 }
 """Tensors of each file that are given to us, as patterns; all others are outputs and must be compared by a test."""

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from hf_compress_plugins.encoders.acm import acm
 from hf_compress_plugins.encoders.efficient_attention import long_context_student
+from hf_compress_plugins.encoders.mend import Episode, mend, padded
 from hf_compress_plugins.language.ddk import DDKConfig, domains
 from hf_compress_plugins.language.fspad import fspad
 from torch import Tensor
@@ -115,6 +116,29 @@ def bart(student: PreTrainedModel) -> PreTrainedModel:
 
 BART_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
 
+def as_episodes(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
+    """A third of each row is the demonstration, a third the query and the rest the answer."""
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        found = []
+        for row in batch:
+            ids, third = row["input_ids"], len(row["input_ids"]) // 3
+            found.append(Episode(demonstrations=ids[:third], query=ids[third : 2 * third], answer=ids[2 * third :]))
+        columns = padded(found, pad=testing.PAD, labels="labels" in batch[0])
+        for place, row in enumerate(batch):
+            if "labels" in row and set(row["labels"]) == {-100}:
+                columns["labels"][place] = -100
+        return columns
+
+    return {"data_collator": collate}
+
+
+def around(student: PreTrainedModel) -> PreTrainedModel:
+    """The suite's teacher, frozen, and its student as the network that reads demonstrations."""
+    teacher = testing.models("text-generation", student.dtype)[1]
+    return mend(teacher, config={"distiller": student, "num_virtual_tokens": 3})
+
+
 SPACES = (torch.arange(testing.VOCAB) % 3 == 0, torch.arange(testing.VOCAB) % 3 == 0)
 
 WORDS = (torch.arange(testing.VOCAB) % 4 == 0).to(torch.int8)
@@ -155,6 +179,10 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
         "task": "text-generation",
         "student": bart,
         "settings": {"max_new_tokens": 4, "sampling_temperature": 0.0},
+    "mend": {
+        "prepare": as_episodes,
+        "student": around,
+        "elsewhere": frozenset({"answer_scores"}),
     },
     "swing": {"prepare": with_privacy, "elsewhere": frozenset({"private_tokens"})},
     "alm": {

@@ -68,6 +68,7 @@ STATED: dict[str, tuple[str, float, str]] = {
     "acm": ("image-classification", 0.7431, "what gates choose, without a teacher"),
     "ofa": ("image-classification", 0.2316, "exits with the class raised, at temperature 1"),
     "alm": ("text-generation", 0.6693, "likelihoods of chunks at τ = 100, averaged with the text's"),
+    "mend": ("text-generation", 0.3086, "a teacher that reads the demonstrations too, at all tokens and temperature 1"),
     "dparallel": ("fill-mask", 1.7098, "two masked views and the entropy of right answers, without a teacher"),
 }
 """Task, distance, and what differs."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from hf_compress_plugins.decoding._modeling_masked_diffusion import MaskedDiffusionConfig, MaskedDiffusionForMaskedLM
+from hf_compress_plugins.encoders._modeling_mend import DemonstrationConfig, DemonstrationModel
 from hf_compress_plugins.generative._modeling_edm import EDMDenoiser, EDMDenoiserConfig
 from hf_compress_plugins.graphs._modeling_node_mlp import NodeMLPConfig, NodeMLPForSequenceClassification
 from hf_compress_plugins.language._modeling_fspad import FSPADDrafter, FSPADDrafterConfig
@@ -86,6 +87,13 @@ NETWORKS: dict[str, PreTrainedModel] = {
     ),
     "nodes": NodeMLPForSequenceClassification(NodeMLPConfig(features=7, num_labels=3)),
     "masked diffusion": MaskedDiffusionForMaskedLM(MaskedDiffusionConfig(vocab_size=50, hidden_size=16)),
+    "demonstrations": DemonstrationModel(
+        DemonstrationConfig(
+            body_config={"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64},
+            num_virtual_tokens=4,
+            target_size=24,
+        )
+    ),
     "drafter": FSPADDrafter(
         FSPADDrafterConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_attention_heads=2)
     ),
