@@ -116,6 +116,7 @@ def bart(student: PreTrainedModel) -> PreTrainedModel:
 
 BART_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
 
+
 def as_episodes(dataset: Dataset, args: TrainingArguments) -> Mapping[str, Any]:
     """A third of each row is the demonstration, a third the query and the rest the answer."""
 
@@ -179,6 +180,7 @@ PREPARED: Mapping[str, Mapping[str, Any]] = {
         "task": "text-generation",
         "student": bart,
         "settings": {"max_new_tokens": 4, "sampling_temperature": 0.0},
+    },
     "mend": {
         "prepare": as_episodes,
         "student": around,
