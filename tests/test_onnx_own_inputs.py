@@ -89,7 +89,7 @@ NETWORKS: dict[str, PreTrainedModel] = {
     "masked diffusion": MaskedDiffusionForMaskedLM(MaskedDiffusionConfig(vocab_size=50, hidden_size=16)),
     "demonstrations": DemonstrationModel(
         DemonstrationConfig(
-            body_config={"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64},
+            body_config={"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 512},
             num_virtual_tokens=4,
             target_size=24,
         )
