@@ -174,12 +174,13 @@ def exact(student: T5ForConditionalGeneration) -> float:
 @cache
 def exact_of_teacher() -> float:
     """The same of the teacher."""
+    model = teacher()
 
     def answer(batch: Mapping[str, Tensor]) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         nothing = torch.empty(len(ids), 0, dtype=torch.long)
         read = teacher_inputs(ids, mask, nothing, pad=PAD)
-        found: Tensor = teacher().generate(**read, do_sample=False, max_new_tokens=ANSWER)
+        found: Tensor = model.generate(**read, do_sample=False, max_new_tokens=ANSWER)
         return found[:, ids.shape[1] :]
 
     return _matches(answer)
