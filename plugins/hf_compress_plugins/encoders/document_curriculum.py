@@ -236,8 +236,8 @@ METHOD = Method(
     paper="arXiv:2409.11282",
     authors="Marcel Lamott, Muhammad Armaghan Shakir",
     year=2024,
-    summary="[reconstruction] A text teacher answers questions about pages written with their layout; the student "
-    "learns its answers from easy to hard.",
+    summary="A text teacher answers questions about pages written with their layout; the student learns its answers "
+    "from easy to hard [reconstruction].",
     bibtex="""@misc{lamott2024leveraging,
   title = {Leveraging Distillation Techniques for Document Understanding: A Case Study with {FLAN-T5}},
   author = {Lamott, Marcel and Shakir, Muhammad Armaghan},
