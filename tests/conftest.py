@@ -21,6 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-table", default=None, help="write the tally of injected faults, as JSON, to this file")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A name that holds an address is another one in each process, and several processes then run nothing."""
+    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"tests must have one name in every process: {named[0]}")
+
+
 def pytest_runtest_logreport(report: Any) -> None:
     _REPORTS.append(report)
 

@@ -361,7 +361,6 @@ def test_a_longformer_learns_from_a_bert(tmp_path: Path) -> None:
         ({"attention": "longformer", "length": 90, "window": 5}, None, "even and at least 4"),
         ({"attention": "longformer", "length": 90, "window": 2}, None, "even and at least 4"),
     ],
-    ids=str,
 )
 def test_students_that_cannot_be_made_are_refused(config: dict[str, Any], teacher: Any, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
