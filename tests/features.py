@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -86,6 +87,17 @@ def wiring(case: Case) -> tuple[Any, ...]:
 
 def _kind(tap: str) -> str:
     return tap.partition(":")[0]
+
+
+def in_turn(given: Iterable[Case], turn: int) -> list[Any]:
+    """Cases as parameters of a test: of each method one task, another for another turn; with the rest it is slow."""
+    found = []
+    for _, of_method in groupby(given, key=lambda case: case.method):
+        tasks = list(of_method)
+        for place, case in enumerate(tasks):
+            marks = [pytest.mark.slow] if place != turn % len(tasks) else []
+            found.append(pytest.param(case, id=str(case), marks=marks))
+    return found
 
 
 def method_of(found: Outcome) -> str:

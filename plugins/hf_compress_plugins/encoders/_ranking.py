@@ -345,7 +345,10 @@ class RankingObjective(Objective):
             own = grouped(self._one_logit(signals.student["logits"]), group)
         theirs = signals.inputs.get(SCORES)
         if (live := signals.teacher.get("logits")) is not None:
-            theirs = self._one_logit(live).view(len(own), -1)
+            theirs = self._one_logit(live)
+            if len(theirs) % len(own):
+                raise MismatchError(f"{self.name}: the teacher gives {len(theirs)} scores for {len(own)} queries.")
+            theirs = theirs.view(len(own), -1)
         assert theirs is not None  # a required column without a teacher
         dtype = torch.promote_types(own.dtype, torch.float32)
         return own.to(dtype), theirs.to(dtype)
