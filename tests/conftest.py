@@ -21,24 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-table", default=None, help="write the tally of injected faults, as JSON, to this file")
 
 
-HALVED = {
-    *("test_conformance.py", "test_families.py", "test_hostile.py", "test_onnx.py", "test_onnx_generation.py"),
-    *("test_cases.py", "test_callback.py"),
-}
-"""Files of whose tests with many cases every other case is slow."""
-MANY = 6
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A name that holds an address is another one in each process, and several processes then run nothing."""
-    cases: dict[tuple[str, str], list[pytest.Item]] = {}
-    for item in items:
-        if item.path.name in HALVED and "slow" not in item.keywords:
-            cases.setdefault((item.path.name, item.name.partition("[")[0]), []).append(item)
-    for own in cases.values():
-        for item in own[1::2] if len(own) >= MANY else ():
-            item.add_marker("slow")
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"tests must have one name in every process: {named[0]}")
 

@@ -64,8 +64,14 @@ def run(case: Case, folder: Path, *callbacks: TrainerCallback, **settings: Any) 
     return found
 
 
+_NEEDS: dict[str, Needs] = {}
+
+
 def needs(case: Case) -> Needs:
-    return case.objective().needs(*(o.sizes(unwrap(model)) for model in testing.pair(case)))
+    """Of one of `CASES`; asked for in each cell of the table, and made with two models."""
+    if str(case) not in _NEEDS:
+        _NEEDS[str(case)] = case.objective().needs(*(o.sizes(unwrap(model)) for model in testing.pair(case)))
+    return _NEEDS[str(case)]
 
 
 HOOKS = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_parts import read, write
 from hf_compress_evaluation import bench
 from hf_compress_evaluation.bench import _steps, chunked, onnx
 
@@ -18,25 +18,21 @@ def ratios(figures: Mapping[str, bench.Figures]) -> bench.Figures:
     return {"two / one": figures["two"]["seconds"] / figures["one"]["seconds"]}
 
 
-def seconds(part: str, threads: int) -> bench.Figures:
-    return {"seconds": {"one": 1.0, "two": 3.0}[part] * threads}
-
-
-TOY = bench.Bench(setting="Nothing.", parts=("one", "two"), run=seconds, ratios=ratios, bars={"two / one": (2.5, 2.0)})
-
-
-def write(folder: Path) -> None:
-    (folder / "seconds").write_text("5")
-
-
-def read(part: str, threads: int, folder: Path) -> bench.Figures:
-    return {"seconds": {"one": 1.0, "two": 3.0}[part] * (float((folder / "seconds").read_text()) + threads)}
+TOY = bench.Bench(
+    setting="Nothing.",
+    parts=("one", "two"),
+    run=read,
+    ratios=ratios,
+    bars={"two / one": (2.5, 2.0)},
+    prepare=write,
+    threads=1,
+)
 
 
 def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of what its parts share, which is prepared once, at the bench's own number of threads."""
-    toy, said = replace(TOY, prepare=write, run=read, threads=1), list[str]()
-    monkeypatch.setattr(bench, "get", lambda name: toy)
+    said = list[str]()
+    monkeypatch.setattr(bench, "get", lambda name: TOY)
     output = tmp_path / "results" / "bench.json"
     output.parent.mkdir()
     output.write_text('{"zzz": {"ratios": {}, "bars": {}, "spread": {}}}')

@@ -598,6 +598,19 @@ def test_one_object_is_filled_and_then_trains(tmp_path: Path) -> None:
     trainer(tmp_path / "a", cache)[0].train()
 
 
+@pytest.mark.parametrize("headless", [False, True])
+def test_what_methods_ask_of_a_teacher_s_sizes_is_in_the_folder(headless: bool, tmp_path: Path) -> None:
+    model = testing.models(LANGUAGE)[1]
+    cache = CacheTeacher(tmp_path, model.base_model if headless else model)
+    cache.prepare(frozenset({"q:-1"}), torch.device("cpu"))
+    cache.fill([testing.collate(testing.rows(LANGUAGE, 2))])
+    cache.close()
+    own, kept = cache.sizes, CacheTeacher(tmp_path).sizes
+    assert own.causal
+    names = ("kind", "layers", "heads", "vocab", "causal")
+    assert [getattr(kept, name) for name in names] == [getattr(own, name) for name in names]
+
+
 def test_two_distributions_a_row_are_not_cached(tmp_path: Path) -> None:
     config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     with pytest.raises(ConfigurationError, match="'spans' cannot be cached"):

@@ -11,15 +11,11 @@ import pytest
 
 from hf_compress.testing import Case
 
-LONG = {"torch_compile"}
-"""Features that take a second a case."""
-
 
 def tried() -> list[Any]:
     """The cells that say what happens; in the others there is nothing to try.
 
-    Of cases that are wired alike each feature takes another one in its turn, and of the ways in which they are wired a
-    third, another for each; of what takes a second it takes one method of a task. With the rest it is slow.
+    Of cases that are wired alike each feature takes another one in its turn; with the rest it is slow.
     """
     found = []
     for turn, feature in enumerate(features.FEATURES):
@@ -27,11 +23,10 @@ def tried() -> list[Any]:
         for case in features.CASES:
             said = features.rule(feature, case)
             if said is None or said.refused:
-                alike.setdefault((said, case.task if feature in LONG else features.wiring(case)), []).append(case)
-        for number, ((said, _), cases) in enumerate(alike.items()):
-            taken = said is not None or feature in LONG or number % 3 == turn % 3
+                alike.setdefault((said, features.wiring(case)), []).append(case)
+        for (said, _), cases in alike.items():
             for place, case in enumerate(cases):
-                marks = [] if taken and place == turn % len(cases) else [pytest.mark.slow]
+                marks = [pytest.mark.slow] if place != turn % len(cases) else []
                 found.append(pytest.param(case, feature, said, id=f"{case}-{feature}", marks=marks))
     return found
 

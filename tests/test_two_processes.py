@@ -19,9 +19,6 @@ from hf_compress.run import Run
 DRAWING = {"dmae", "dparallel", "fspad", "swing"}
 """Methods that draw on each process for itself: their gradient on two is another draw's."""
 
-CASES = tuple({case.method: case for case in reversed(features.CASES)}.values())
-"""One task of each method."""
-
 
 class Draws:
     """Whether a step drew from the generator that is each process's own."""
@@ -48,7 +45,7 @@ def gradients(case: testing.Case, folder: Path, rows: int) -> dict[str, torch.Te
 
 
 def main(target: Path) -> None:
-    found = {str(case): gradients(case, target.parent / "two", 2) for case in CASES}
+    found = {str(case): gradients(case, target.parent / "two", 2) for case in features.CASES}
     if int(os.environ["RANK"]) == 0:
         torch.save(found, target)
 
@@ -62,8 +59,8 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
 
     found = torch.load(target, weights_only=True)
 
-    assert found.keys() == {str(case) for case in CASES}
-    for case in CASES:
+    assert found.keys() == {str(case) for case in features.CASES}
+    for case in features.CASES:
         two = found[str(case)]
         assert all(gradient.isfinite().all() for gradient in two.values()), case
         if case.method in features.RANDOM or features.related(case):

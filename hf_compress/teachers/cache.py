@@ -70,6 +70,7 @@ class _Header(_Part):
     embedded: int | None = Field(ge=0, le=MAX_WIDTH, description="token ids that the teacher reads")
     layers: int = Field(ge=0, le=MAX_WIDTH)
     heads: int = Field(default=0, ge=0, le=MAX_WIDTH)
+    causal: bool = False
     names: dict[int, str] | None = Field(description="of the classes")
     reads: tuple[str, ...] | None = Field(description="columns of its forward")
     about: facts.Model
@@ -83,7 +84,7 @@ class _Header(_Part):
         config = PreTrainedConfig(is_encoder_decoder=self.seq2seq, **names)
         config.vocab_size = self.embedded
         known = {"layers": self.layers, "width": 0, "heads": self.heads, "vocab": self.vocab}
-        return Sizes(kind=self.kind, config=config, causal=self.kind == "causal", **known)
+        return Sizes(kind=self.kind, config=config, causal=self.causal, **known)
 
 
 class _Manifest(_Part):
@@ -250,6 +251,7 @@ class CacheTeacher:
             embedded=getattr(inner, "vocab_size", None),
             layers=sizes.layers,
             heads=sizes.heads,
+            causal=sizes.causal,
             names=dict(sizes.config.id2label) if sizes.kind in ("rows", "labels") and sizes.config else None,
             reads=self._live.reads,
             about=self._live.describe(),
