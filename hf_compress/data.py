@@ -187,16 +187,26 @@ class _Plan:
     """(row,) how many rows of the same domain come before it in the run."""
 
 
-def check_mixture(data: Any, sampling: str) -> None:
-    """Refuses to read a `Mixture` out of order: its weights belong to places of the run.
+def check_in_order(what: str, args: Any, *, resumed: bool) -> None:
+    """Refuses to read a data set of the whole run out of order: its rows belong to places of the run.
+
+    Args:
+        what: the data set, for the message.
+        args: the Trainer's.
+        resumed: whether the run goes on from a checkpoint.
 
     Raises:
         ConfigurationError: naming the setting.
     """
-    if isinstance(data, Mixture) and str(getattr(sampling, "value", sampling)) != "sequential":
+    strategy = args.train_sampling_strategy
+    if str(getattr(strategy, "value", strategy)) != "sequential":
         raise ConfigurationError(
-            f"a Mixture is read in order, and train_sampling_strategy is {sampling!r}. "
+            f"{what} is read in order, and train_sampling_strategy is {strategy!r}. "
             'Pass TrainingArguments(train_sampling_strategy="sequential").'
+        )
+    if resumed and args.ignore_data_skip:
+        raise ConfigurationError(
+            f"{what} is read in order, and ignore_data_skip would read its first rows again. Leave it out."
         )
 
 

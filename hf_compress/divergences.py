@@ -45,6 +45,24 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
 
+def softened_kl(method: str, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """T² · KL( softmax(z_t / T) ‖ softmax(z_s / T) ).
+
+    Args:
+        method: for the message.
+        student_logits: (…, class), any float type; the softmax is taken in float32 or wider.
+        teacher_logits: the same shape, detached here.
+        temperature: T.
+
+    Returns:
+        (…) nats, at least 0.
+
+    Raises:
+        MismatchError: if the shapes differ.
+    """
+    return temperature**2 * kl(*log_probabilities(method, student_logits, teacher_logits, temperature))
+
+
 def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     """(position,) -Σ p log q: KL(p ‖ q) plus the entropy of p. Entries that q excludes add 0."""
     return -(log_p.exp() * torch.where(log_q > -math.inf, log_q, 0.0)).sum(-1)

@@ -78,6 +78,8 @@ class Needs:
     positions of later micro-batches are not known when a window is counted."""
     relates_positions: bool = False
     """A value depends on the other positions of its micro-batch: accumulation changes its meaning."""
+    other_tokens: frozenset[str] = frozenset()
+    """Roles of frozen models that read other ids than the student, as `frozen_batch` gives them."""
     same_tokens: bool = True
     """False: the teacher reads other ids of one example; vocabulary and tokenizer checks are off."""
     mean_over: MeanOver = "positions"

@@ -8,7 +8,7 @@ sampling.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,10 @@ def check_answers(name: str, lmbda: float, max_new_tokens: int) -> None:
         )
 
 
+WHOLE: Mapping[str, Any] = {"num_beams": 1, "min_length": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
+"""Settings of `generate` with which a model's distribution is its own: some come with others, as for summaries."""
+
+
 class OnPolicy(Objective):
     """An objective on the data's answers and, with probability λ, a batch at a time, on the student's own.
 
@@ -138,7 +142,7 @@ def written(inputs: Inputs, model: Any, generate: Callable[..., Tensor], **sampl
     """
     ends = ends_of(model)
     pad = next((one for one in (model.generation_config.pad_token_id, *ends) if one is not None), 0)
-    sampling = {"pad_token_id": pad} | sampling
+    sampling = {"pad_token_id": pad, **WHOLE, **sampling}
     if model.config.is_encoder_decoder:
         encoder = {k: v for k, v in inputs.items() if k != "labels" and not k.startswith("decoder_")}
         generated = generate(**encoder, **sampling)

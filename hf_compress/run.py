@@ -28,7 +28,7 @@ from .checks import (
     makes_log_probabilities,
 )
 from .chunked import Apart, Chunking
-from .data import Mixture, check_mixture, set_epoch
+from .data import Mixture, check_in_order, set_epoch
 from .distiller import Counts, Distiller
 from .errors import (
     ConfigurationError,
@@ -135,7 +135,9 @@ class Run:
         if self.teacher is None and any(need.teacher is not None for need in self.needs):
             names = [obj.name for obj, need in zip(objectives, self.needs, strict=True) if need.teacher is not None]
             raise ConfigurationError(f"{names} need a teacher: DistillCallback(teacher, method=…).")
-        others = [other for other in (self.teacher, *self.frozen.values()) if other is not None]
+        apart = frozenset[str]().union(*(need.other_tokens for need in self.needs))
+        alike = [other for role, other in self.frozen.items() if role not in apart]
+        others = [*([] if self.teacher is None else [self.teacher]), *alike]
         real = [check_pair(self.needs, self.sizes, other.sizes, trainer.processing_class) for other in others]
         self.real = next((size for size in real if size is not None), None)
         self.distributions = any(objective.overrides("per_position") for objective in objectives)
@@ -149,8 +151,8 @@ class Run:
             and getattr(unwrap(student), "main_input_name", None) == "input_ids"
             and not any(objective.overrides("teacher_batch") for objective in objectives)
         )
-        if self.teacher is not None and self._shared_ids:
-            check_tokenizers(trainer.processing_class, self.sizes, self.teacher.sizes)
+        for other in others if self._shared_ids else ():
+            check_tokenizers(trainer.processing_class, self.sizes, other.sizes)
         self.distiller = Distiller(objectives)
         self.networks = Networks({})
         self.recorded = self.teacher if isinstance(self.teacher, Recorded) else None
@@ -383,14 +385,15 @@ class Run:
             for name, buffer in self.distiller.named_buffers():
                 buffer.copy_(self._initial[name])
         if isinstance(self.trainer.train_dataset, Mixture):
+            check_in_order("a Mixture", self.trainer.args, resumed=state.global_step > 0)
             self.trainer.train_dataset.restore(self.distiller.get_buffer(_HISTORY))
         self.saving.forget()
 
     def _place_mixture(self) -> None:
         """The weights that a `Mixture` has had are state of the run: kept in a buffer, so in every checkpoint."""
         data = self.trainer.train_dataset
-        check_mixture(data, self.trainer.args.train_sampling_strategy)
         if isinstance(data, Mixture):
+            check_in_order("a Mixture", self.trainer.args, resumed=False)
             self.distiller.register_buffer(_HISTORY, data.history.clone())
 
     def _make_networks(self) -> None:

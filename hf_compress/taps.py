@@ -26,6 +26,11 @@ ATTENTION = ("q", "k", "v")
 """Kinds of taps that are (batch, heads, time, head dim)."""
 
 
+def joined_heads(vectors: Tensor) -> Tensor:
+    """Queries, keys or values (batch, heads, time, head dim) as (batch, time, width)."""
+    return vectors.transpose(1, 2).flatten(2)
+
+
 def unwrap(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model; the model itself otherwise."""
     outer: Any = model

@@ -26,6 +26,7 @@ else:
     raise AssertionError("hf_compress can be imported")
 import torch
 import transformers
+transformers.AutoModel, transformers.PreTrainedModel, transformers.GenerationMixin
 print(flush=True)
 for line in sys.stdin:
     code, errors = json.loads(line)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress import DistillCallback, testing
-from hf_compress.data import Augmented, Mixture, check_mixture
+from hf_compress.data import Augmented, Mixture, check_in_order
 from hf_compress.errors import ConfigurationError
 from hf_compress.objective import Step
 
@@ -217,10 +217,14 @@ def test_a_row_that_is_read_too_early_says_what_to_do() -> None:
 
 
 def test_a_mixture_is_read_in_order_only() -> None:
-    with pytest.raises(ConfigurationError, match='train_sampling_strategy="sequential"'):
-        check_mixture(mixture(), "random")
-    check_mixture(mixture(), "sequential")
-    check_mixture([], "random")
+    for settings, resumed, says in (
+        ({"train_sampling_strategy": "random"}, False, 'train_sampling_strategy="sequential"'),
+        ({"train_sampling_strategy": "sequential", "ignore_data_skip": True}, True, "ignore_data_skip would read"),
+    ):
+        with pytest.raises(ConfigurationError, match=says):
+            check_in_order("a Mixture", TrainingArguments("x", **settings), resumed=resumed)
+    skipping = TrainingArguments("x", train_sampling_strategy="sequential", ignore_data_skip=True)
+    check_in_order("a Mixture", skipping, resumed=False)  # nothing is skipped yet
 
 
 # ---------------------------------------------------------------------- augmented rows

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from alone import output_of
+from datasets import Dataset
 from hf_compress_plugins.encoders import _modeling_autodistil as modeling
 from hf_compress_plugins.encoders import autodistil as module
 from hf_compress_plugins.encoders._super_network import (
@@ -18,7 +19,6 @@ from hf_compress_plugins.encoders._super_network import (
     Architecture,
     Student,
     extract,
-    joined_heads,
     kept_layers,
     own_sizes,
     parameters,
@@ -51,7 +51,7 @@ from transformers import (
 from hf_compress import export_onnx, testing
 from hf_compress.errors import ConfigurationError, MismatchError, NumericalError, UnknownNameError
 from hf_compress.parts import Budget, Ranking
-from hf_compress.taps import Taps, watching
+from hf_compress.taps import Taps, joined_heads, watching
 
 TASK = "feature-extraction"
 CASE = testing.Case("autodistil", TASK, **PREPARED["autodistil"])
@@ -334,6 +334,35 @@ def test_a_step_adds_up_the_students_gradients_in_their_places(tmp_path: Path) -
     assert query[:36, :36].any()
     assert not query[36:].any()
     assert not query[:, 36:].any()
+
+
+def test_a_step_draws_by_its_number_and_the_seed_and_an_evaluation_draws_none(tmp_path: Path) -> None:
+    """At a learning rate of 0 two evaluations agree."""
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "learning_rate": 0.0}
+    made, teacher = testing.trainer(
+        CASE,
+        tmp_path,
+        objective=AutoDistil(**SETTINGS, seed=3),
+        dtype=torch.float64,
+        give=lambda _: {"eval_dataset": Dataset.from_list(testing.rows(TASK))},
+        **settings,
+    )
+    made.train()
+    logs = made.state.log_history
+    trained_ = [entry for entry in logs if "distill/autodistil.random_1" in entry]
+    for step, entry in enumerate(trained_):
+        for name, sizes in sandwich(architectures(**SETTINGS), draws=2, seed=3, step=step).items():
+            value = distance(extract(super_lm().double(), sizes), teacher.eval()).mean()
+            assert entry[f"distill/autodistil.{name}"] == pytest.approx(value.item(), rel=1e-6)
+    assert len(trained_) == 2
+    first, second = (entry["eval_distill_loss"] for entry in logs if "eval_distill_loss" in entry)
+    ends = trained_[0]["distill/autodistil.largest"] + trained_[0]["distill/autodistil.smallest"]
+    assert first == second == pytest.approx(ends, rel=1e-5)
+
+
+def test_a_search_that_is_not_told_the_space_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="does not say that it was trained as a SuperLM"):
+        found(super_lm())
 
 
 def test_the_largest_student_is_the_model_s_own_forward(tmp_path: Path) -> None:

@@ -402,7 +402,7 @@ class Seen:
 
 
 def trained(
-    folder: Path, data: Curriculum, *, resume: bool = False, callbacks: Sequence[Any] = (), **given_settings: Any
+    folder: Path, data: Curriculum, *, resume: int | None = None, callbacks: Sequence[Any] = (), **given_settings: Any
 ) -> tuple[Trainer, Seen]:
     defaults: dict[str, Any] = {
         "max_steps": STEPS, "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 32,
@@ -417,7 +417,7 @@ def trained(
         train_dataset=data,
         callbacks=[data.callback(), *callbacks],
     )
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(folder / f"checkpoint-{resume}"))
     return trainer, seen
 
 
@@ -433,7 +433,7 @@ def test_a_trainer_reads_the_rows_of_the_schedule_and_a_resumed_run_is_the_same(
     whole, seen = trained(tmp_path, curriculum(), **sizes)
     assert seen.rows == [place for step in range(STEPS) for place in curriculum().places(step).tolist()]
 
-    again, rest = trained(tmp_path, curriculum(), resume=True, **sizes)
+    again, rest = trained(tmp_path, curriculum(), resume=3, **sizes)
     assert rest.rows == seen.rows[3 * BATCH :]
     assert torch.equal(weights(again), weights(whole))
 
@@ -468,10 +468,21 @@ def test_the_student_s_losses_decide_the_order_and_a_resumed_run_is_the_same(
     torch.testing.assert_close(decided[0], losses(t5(), ROWS, Seen(), batch=3))
 
     monkeypatch.undo()
-    again, rest = trained(tmp_path, curriculum(**REFRESHED), resume=True)
+    again, rest = trained(tmp_path, curriculum(**REFRESHED), resume=3)
     assert rest.rows == seen.rows[3 * BATCH :]
     assert torch.equal(weights(again), weights(whole))
     assert set(again.state.stateful_callbacks[STATE]) == {"newest", "orders"}
+
+
+def test_a_run_that_reads_ahead_resumes_where_an_order_has_just_been_taken(tmp_path: Path) -> None:
+    whole, seen = trained(tmp_path, curriculum(**REFRESHED, fetched=2), save_steps=4)
+    again, rest = trained(tmp_path, curriculum(**REFRESHED, fetched=2), resume=4)
+    assert rest.rows == seen.rows[4 * BATCH :]
+    assert torch.equal(weights(again), weights(whole))
+    with pytest.raises(ConfigurationError, match="3 steps are read ahead, and an order holds for refresh=2"):
+        curriculum(**REFRESHED, fetched=3)
+    with pytest.raises(ConfigurationError, match="ignore_data_skip would read its first rows again"):
+        trained(tmp_path, curriculum(**REFRESHED, fetched=2), resume=4, ignore_data_skip=True)
 
 
 def test_losses_are_the_model_s_own_row_by_row_and_leave_it_in_training() -> None:
@@ -490,7 +501,7 @@ def test_losses_are_the_model_s_own_row_by_row_and_leave_it_in_training() -> Non
 def test_a_checkpoint_without_orders_is_not_resumed(tmp_path: Path) -> None:
     trained(tmp_path, curriculum(), max_steps=3)
     with pytest.raises(ResumeError, match="has no orders of 20 rows"):
-        trained(tmp_path, curriculum(**REFRESHED), resume=True)
+        trained(tmp_path, curriculum(**REFRESHED), resume=3)
 
 
 def test_an_order_is_not_read_before_it_is_known() -> None:
@@ -505,14 +516,19 @@ def test_an_order_is_not_read_before_it_is_known() -> None:
     assert (
         data.places(3).tolist() == curriculum(**REFRESHED | {"difficulty": torch.arange(20.0)}).places(3).tolist()
     )  # by order 2
-    assert curriculum(steps=20, fetched=3, **REFRESHED).interval_of(5) == 1
+    assert curriculum(steps=20, fetched=2, **REFRESHED).interval_of(5) == 1
 
 
 def test_distillation_reads_the_same_rows(tmp_path: Path) -> None:
-    """The student's losses are taken without entering the hook of a distillation."""
-    distill = DistillCallback(t5(seed=1), method="kd", alpha=0.5)
-    made, seen = trained(tmp_path, curriculum(**REFRESHED), callbacks=[distill], max_steps=STEPS)
-    assert len(seen.rows) >= BATCH * STEPS  # dry forwards read a few more
+    """The student's losses are taken without entering the hook of a distillation, whose teacher reads the batches."""
+    _, alone = trained(tmp_path / "alone", curriculum(**REFRESHED), learning_rate=0.0)
+    teacher, read = t5(seed=1), list[int]()
+    teacher.register_forward_hook(lambda module, args, kwargs, output: read.append(1), with_kwargs=True)
+    distill = DistillCallback(teacher, method="kd", alpha=0.5)
+    made, seen = trained(tmp_path / "taught", curriculum(**REFRESHED), callbacks=[distill], learning_rate=0.0)
+    start = next(at for at in range(len(seen.rows)) if seen.rows[at : at + len(alone.rows)] == alone.rows)
+    assert start < 2 * BATCH  # what a dry forward reads
+    assert STEPS <= len(read) <= STEPS + 2  # and not the rows whose losses are taken
     assert all("distill_loss" in entry for entry in made.state.log_history if "loss" in entry)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from datasets import Dataset
 from hf_compress_plugins.encoders import _long_attention as attention
 from hf_compress_plugins.encoders import efficient_attention as module
-from hf_compress_plugins.encoders._triple import soft_targets
 from hf_compress_plugins.encoders.efficient_attention import (
     EfficientAttention,
     keep_sparse,
@@ -35,12 +35,14 @@ from transformers import (
     LongformerForMaskedLM,
     NystromformerConfig,
     NystromformerForMaskedLM,
+    PreTrainedConfig,
     RobertaConfig,
     RobertaForMaskedLM,
     Trainer,
 )
 
 from hf_compress import DistillCallback
+from hf_compress.divergences import softened_kl
 from hf_compress.errors import ConfigurationError, MismatchError, UnknownNameError
 
 WORDS = 30
@@ -111,7 +113,7 @@ def test_positions_at_a_time_give_the_same_and_keep_the_logits_alone() -> None:
         values.append(value.detach())
         gradients.append(student.grad)
         kept.append(sum(saved))
-    torch.testing.assert_close(values[0], soft_targets(logits(10, 7, 0), teacher, temperature=3.0))
+    torch.testing.assert_close(values[0], softened_kl("x", logits(10, 7, 0), teacher, temperature=3.0))
     torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
     torch.testing.assert_close(gradients[1], gradients[0])
     assert kept[1] <= 2 * 70 < kept[0]
@@ -166,7 +168,7 @@ def test_the_three_terms_on_each_attention(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         own, theirs = (model.eval()(**batch, output_hidden_states=True) for model in (student, teacher))
     log = trainer.state.log_history[0]
-    soft = soft_targets(own.logits[real], theirs.logits[real], temperature=2.0).mean()
+    soft = softened_kl("x", own.logits[real], theirs.logits[real], temperature=2.0).mean()
     cosine = nn.functional.cosine_similarity(own.hidden_states[-1][real], theirs.hidden_states[-1][real], dim=-1)
     mlm = nn.functional.cross_entropy(own.logits.flatten(0, 1), labels.flatten())
     assert log["distill/efficient_attention.soft"] == pytest.approx(5 * soft.item(), rel=1e-4)
@@ -232,8 +234,9 @@ def test_a_big_bird_that_is_kept_sparse_is_sparse_again_after_a_short_batch(tmp_
     read(kept, ids(8))
     torch.testing.assert_close(read(kept, ids(15)), read(big_bird(), ids(15)))  # the shortest that are sparse
     assert kept.bert.encoder.layer[0].attention.self.training is False
-    with pytest.raises(MismatchError, match=r"Call keep_sparse\(student\)"):
-        train(tmp_path, plain, kept, rows(16))
+    for method in (None, EfficientAttention(restrict=True, cosine=0.0)):
+        with pytest.raises(MismatchError, match=r"Call keep_sparse\(student\)"):
+            train(tmp_path, copy.deepcopy(plain), kept, rows(16), method)
     long_context_student(plain)  # a teacher that was switched
     torch.testing.assert_close(read(plain.eval(), ids(20)), before)
     keep_sparse(longformer())  # nothing to keep
@@ -417,3 +420,10 @@ def test_settings_that_cannot_be_served_are_refused(wrong: dict[str, float]) -> 
     with pytest.raises(ConfigurationError, match=r"^efficient_attention: "):
         EfficientAttention(**wrong)
     assert module.POSITIONS == 1024
+
+
+def test_encoder_decoders_whose_logits_follow_other_tokens_are_refused() -> None:
+    """Their logits are of the decoder's tokens, the batch's mask of the encoder's."""
+    both = replace(sizes(2, "tokens"), config=PreTrainedConfig(is_encoder_decoder=True))
+    with pytest.raises(MismatchError, match="masked language models"):
+        EfficientAttention().needs(both, both)

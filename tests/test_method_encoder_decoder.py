@@ -29,6 +29,7 @@ from stub import GradientKeeper
 from tiny import tiny_plain_tokenizer
 from torch import Tensor, nn
 from transformers import (
+    DataCollatorForSeq2Seq,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -189,6 +190,21 @@ def test_the_teacher_reads_source_and_answer_without_a_gap() -> None:
     assert found["input_ids"].tolist() == [[0, 0, 5, 6, 3, 1], [0, 0, 7, 8, 1, 0], [9, 9, 9, 9, 4, 5]]
     assert found["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
     assert found["position_ids"].tolist() == [[0, 0, 0, 1, 2, 3], [0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
+
+
+def test_labels_that_are_padded_on_the_left_are_refused() -> None:
+    """As DataCollatorForSeq2Seq gives them where the tokenizer pads on the left."""
+    tokenizer = tiny_plain_tokenizer()
+    features = [{"input_ids": source, "labels": answer} for source, answer in ROWS]
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        found = DataCollatorForSeq2Seq(tokenizer)([dict(row) for row in features])
+        given = found["input_ids"], found["attention_mask"], found["labels"]
+        if side == "right":
+            assert teacher_inputs(*given, pad=PAD)["input_ids"].shape == (3, 10)
+            continue
+        with pytest.raises(MismatchError, match="labels are padded before their first token"):
+            teacher_inputs(*given, pad=PAD)
 
 
 def test_a_prediction_sees_the_source_and_the_tokens_before_it() -> None:

@@ -44,6 +44,7 @@ from transformers import (
 
 from hf_compress import export_onnx, testing
 from hf_compress.errors import ConfigurationError, MismatchError, UnknownNameError
+from hf_compress.objective import sizes
 from hf_compress.onnx import load_onnx
 from hf_compress.stages import Surroundings, run_stages
 
@@ -314,6 +315,8 @@ def test_what_does_not_fit_is_refused() -> None:
     small = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8, "vocab_size": len(VOCAB)}
     with pytest.raises(MismatchError, match="causal language models, got a T5"):
         mend(T5ForConditionalGeneration(T5Config(**small)))
+    with pytest.raises(MismatchError, match=r"must come from mend\(llm\)"):
+        CASE.objective().needs(sizes(llama()), sizes(llama()))
     with pytest.raises(ConfigurationError, match="temperature"):
         CASE.objective().__class__(temperature=0.0)
 
@@ -350,6 +353,12 @@ def test_what_does_not_fit_in_is_left_out_as_a_whole() -> None:
         assert len(episode(pairs, "story", "dull", tokenizer=TOKENIZER, limits=limits).demonstrations) == length
     with pytest.raises(MismatchError, match="leave no room"):
         episode(pairs, "story", "dull", tokenizer=TOKENIZER, limits=(2, 1))
+    long = (" ".join(["film"] * 40), "good")
+    assert episode([long, *pairs], "story", "dull", tokenizer=TOKENIZER, limits=(100, length)).demonstrations == (
+        episode(pairs[:2], "story", "dull", tokenizer=TOKENIZER).demonstrations
+    )
+    with pytest.raises(MismatchError, match="none of 1 demonstrations fits into 30 tokens"):
+        episode([long], "story", "dull", tokenizer=TOKENIZER, limits=(100, 30))
     single = Dataset.from_list([{"task": "a", "input": "film", "output": "good"}])
     with pytest.raises(MismatchError, match="'a' has one row"):
         episodes(single, tokenizer=TOKENIZER)
@@ -374,6 +383,13 @@ def test_candidates_are_rows_of_one_query() -> None:
     assert (found["labels"] != -100).sum(1).tolist() == [1, 2]
     assert torch.equal(found["demonstration_ids"][0], found["demonstration_ids"][1])
     assert answer_scores(made()(**found).logits, found["labels"]).shape == (2,)
+    pairs, short, long = [("a film", "good"), ("a book", "bad"), ("a story", "dull")], "a", "very very"
+    every = episode(pairs, "book", short, tokenizer=TOKENIZER)
+    limits = (sum(map(len, (every.demonstrations, every.query, every.answer))), 90)
+    found_ = candidates(pairs, "book", [short, long], tokenizer=TOKENIZER, limits=limits)
+    assert torch.equal(found_["demonstration_ids"][0], found_["demonstration_ids"][1])
+    alone = candidates(pairs, "book", [short], tokenizer=TOKENIZER, limits=limits)
+    assert alone["demonstration_ids"].shape[1] > found_["demonstration_ids"].shape[1]  # what its length leaves room for
     empty = padded([Episode(demonstrations=(), query=(3, 4), answer=())], pad=0)
     assert empty["demonstration_mask"].tolist() == [[0]]
     logits = made()(**{name: value for name, value in empty.items() if not name.startswith("teacher")}).logits

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hf_compress_plugins.encoders.minilm import (
     MiniLM,
-    concatenate_heads,
     log_relation,
     minilm_relation,
     split_heads,
@@ -18,6 +17,7 @@ from scene import signals, sizes, step
 from torch import Tensor
 
 from hf_compress.errors import ConfigurationError, MismatchError
+from hf_compress.taps import joined_heads
 
 HEADS = 2
 TOKENS = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False, True, True, False, False]])
@@ -83,7 +83,7 @@ def test_v1_of_the_attention_heads_is_the_attention_itself() -> None:
     q, k = heads_of(8, 0), heads_of(8, 1)
     mask = TOKENS[:, None, None, :]
 
-    found = log_relation(concatenate_heads(q), concatenate_heads(k), mask, HEADS).exp()
+    found = log_relation(joined_heads(q), joined_heads(k), mask, HEADS).exp()
 
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, torch.eye(5).expand(3, HEADS, 5, 5).double(), mask
@@ -95,7 +95,7 @@ def test_heads_are_split_along_the_width_not_the_time() -> None:
     split = split_heads(torch.arange(12.0).view(1, 2, 6), 3)
 
     assert split.tolist() == [[[[0.0, 1.0], [6.0, 7.0]], [[2.0, 3.0], [8.0, 9.0]], [[4.0, 5.0], [10.0, 11.0]]]]
-    torch.testing.assert_close(concatenate_heads(split), torch.arange(12.0).view(1, 2, 6))
+    torch.testing.assert_close(joined_heads(split), torch.arange(12.0).view(1, 2, 6))
 
 
 def test_equal_relations_give_zero() -> None:
@@ -223,8 +223,8 @@ def test_the_objective_weighs_its_relations_and_names_them() -> None:
     found = objective(signals(student, teacher, TOKENS), step())
 
     def plain(left: str, right: str) -> Tensor:
-        s = [concatenate_heads(student[f"{letter}:-1"]) for letter in (left, right)]
-        t = [concatenate_heads(teacher[f"{letter}:1"]) for letter in (left, right)]
+        s = [joined_heads(student[f"{letter}:-1"]) for letter in (left, right)]
+        t = [joined_heads(teacher[f"{letter}:1"]) for letter in (left, right)]
         return minilm_relation((s[0], s[1]), (t[0], t[1]), TOKENS, heads=4)
 
     assert needs.student == set(student)
@@ -264,7 +264,7 @@ def test_a_causal_model_is_compared_causally(kinds: Any) -> None:
 
     found = objective(signals({"q:-1": q_s}, {"q:-1": q_t}, TOKENS), step())["qq"]
 
-    s, t = concatenate_heads(q_s), concatenate_heads(q_t)
+    s, t = joined_heads(q_s), joined_heads(q_t)
     torch.testing.assert_close(found, minilm_relation((s, s), (t, t), TOKENS, heads=HEADS, causal="causal" in kinds))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,7 @@ from scene import logits, sizes
 from stub import GradientKeeper
 from tiny import tiny_plain_tokenizer
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, Trainer
+from transformers import BertConfig, BertForMaskedLM, PreTrainedConfig, Trainer
 
 from hf_compress import DistillConfig, testing
 from hf_compress.errors import ConfigurationError, MismatchError
@@ -208,6 +209,17 @@ def test_a_teacher_with_its_own_tokenizer_gives_terms_of_sentences(tmp_path: Pat
         run(tmp_path, MultiTeacher(method.config), **settings)
 
 
+def test_a_teacher_of_the_student_s_tokens_is_compared_beside_one_of_its_own(tmp_path: Path) -> None:
+    """Its other classes are refused, whatever a third one reads."""
+    aligned, apart = (testing.models("token-classification")[1] for _ in range(2))
+    aligned.config.num_labels = testing.CLASSES + 1
+    method = MultiTeacher(teachers=("second", "third"), own_tokens=("third",), combine="losses")
+    frozen = {"second": type(aligned)(aligned.config), "third": apart}
+    case = testing.Case("multi_teacher", "token-classification")
+    with pytest.raises(MismatchError, match="classes or vocabulary entries, the teacher 6"):
+        testing.trainer(case, tmp_path, objective=method, config=DistillConfig(frozen=frozen))
+
+
 def test_texts_are_read_by_each_teacher_s_tokenizer() -> None:
     texts = Dataset.from_dict({"text": ["a good film", "dull"], "labels": [0, 1]})
     found = teacher_tokens(texts, tokenizers={"second": tiny_plain_tokenizer()}, max_length=6)
@@ -244,3 +256,10 @@ def test_other_kinds_of_output_are_refused_with_the_remedy() -> None:
 def test_settings_that_cannot_be_served_are_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^multi_teacher: .*{said}"):
         MultiTeacher(**wrong)
+
+
+def test_encoder_decoders_whose_logits_follow_other_tokens_are_refused() -> None:
+    """Their logits are of the decoder's tokens, the batch's mask of the encoder's."""
+    both = replace(sizes(2, "tokens"), config=PreTrainedConfig(is_encoder_decoder=True))
+    with pytest.raises(MismatchError, match="taggers and masked language models"):
+        MultiTeacher().needs(both, both)

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from hf_compress import DistillCallback, testing
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import IGNORED, Inputs, Needs, Rows, Signals, Sizes, Step
-from hf_compress.on_policy import ends_of, on_policy, prompts, rebuild
+from hf_compress.on_policy import ends_of, on_policy, prompts, rebuild, written
 
 END, PAD = 2, 0
 
@@ -72,6 +72,22 @@ def test_a_model_has_no_end_one_or_several() -> None:
     for named, found in ((None, []), (2, [2]), ([2, 5], [2, 5])):
         model.generation_config.eos_token_id = named
         assert ends_of(model) == found
+
+
+def test_samples_are_of_the_model_s_own_distribution_whatever_it_generates_with_otherwise() -> None:
+    """Beams, bans and penalties that come with a model would write other answers than it gives."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, eos_token_id=8))
+    model.generation_config.update(num_beams=4, no_repeat_ngram_size=2, repetition_penalty=9.0, min_length=6)
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[IGNORED, IGNORED, 3]])}
+    expected = torch.tensor([[1, 2]])
+    with torch.no_grad():
+        for _ in range(4):
+            following = model.eval()(expected).logits[:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat([expected, following], 1)
+    found = written(inputs, model, model.generate, do_sample=False, max_new_tokens=4)["input_ids"]
+    assert torch.equal(found, expected[:, : found.shape[1]])
+    plain = model.generate(inputs["input_ids"][:, :2], do_sample=False, max_new_tokens=4)
+    assert not torch.equal(plain, found)
 
 
 class Writing(toys.Toy):

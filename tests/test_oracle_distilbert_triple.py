@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import BaseModelOutput, TokenClassifierOutput
 
 from hf_compress import DistillCallback
+from hf_compress.divergences import softened_kl
 from hf_compress.objective import Objective
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}
@@ -45,7 +46,7 @@ def test_the_three_terms(case: str) -> None:
     real, labels = given["attention_mask"].bool(), given["mlm_labels"]
     where = labels != -100 if case.endswith("restrict") else real
     student, teacher = (given[f"{side}_logits"][where] for side in ("student", "teacher"))
-    ce = _triple.soft_targets(student, teacher, temperature=2.0).mean()
+    ce = softened_kl("triple", student, teacher, temperature=2.0).mean()
     mlm = nn.functional.cross_entropy(given["student_logits"].flatten(0, 1), labels.flatten())
     states = [_triple.real_states(given[f"{side}_hidden"], real)[0] for side in ("student", "teacher")]
     cosine = _triple.state_cosine(*states).mean()

@@ -12,12 +12,13 @@ import torch
 import toys
 from stub import GradientKeeper
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_compress import DistillCallback, testing
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.teachers import EnsembleTeacher, SelfTeacher
 from hf_compress.teachers.ensemble import mean_logits
+from hf_compress.teachers.model import ModelTeacher
 
 LANGUAGE = "text-generation"
 
@@ -131,6 +132,18 @@ def adapted(dropout: float = 0.0) -> nn.Module:
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, lora_dropout=dropout)
     made: nn.Module = peft.get_peft_model(student, lora)
     return made
+
+
+def test_adapters_hand_on_what_the_model_inside_reads() -> None:
+    """Places of tokens, which a batch that is padded on the left needs."""
+    inner = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9))
+    teacher = ModelTeacher(
+        peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    )
+    given = {"input_ids": torch.tensor([[1, 2]]), "position_ids": torch.tensor([[5, 6]]), "nobody": torch.zeros(1)}
+    assert teacher.prepared(given).keys() - {"use_cache"} == {"input_ids", "position_ids"}
+    assert teacher.reads is not None
+    assert "position_ids" in teacher.reads
 
 
 @pytest.mark.parametrize("memory", ["dense", "chunked"])

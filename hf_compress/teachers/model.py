@@ -47,6 +47,8 @@ class ModelTeacher:
         self._tried = False
         parameters = inspect.signature(model.forward).parameters
         self._accepted = None if _takes_any(parameters) and not parameters.keys() & {"input_ids"} else set(parameters)
+        if self._accepted is not None and _takes_any(parameters):  # adapters hand on what the model inside names
+            self._accepted |= inspect.signature(unwrap(model).forward).parameters.keys()
 
     @property
     def reads(self) -> tuple[str, ...] | None:

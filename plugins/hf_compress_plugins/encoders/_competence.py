@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from hf_compress.data import CPU, Rows
+from hf_compress.data import CPU, Rows, check_in_order
 from hf_compress.distiller import generator
 from hf_compress.errors import ConfigurationError, ResumeError
 from hf_compress.stepping import row_cross_entropy
@@ -103,6 +104,11 @@ class Curriculum(Dataset[Any]):
         self.rows, self.batch, self.steps, self.config = rows, batch, steps, config
         self.fetched, self.seed = fetched, seed
         self.by_student = isinstance(difficulty, str) and difficulty == STUDENT_LOSS
+        if self.by_student and fetched > config.refresh:
+            raise ConfigurationError(
+                f"document_curriculum: {fetched} steps are read ahead, and an order holds for refresh={config.refresh} "
+                "of them: rows would depend on how fast they are read. Raise refresh, or read with fewer workers."
+            )
         values = torch.zeros(len(rows)) if self.by_student else _values(rows, difficulty)
         order = easiest_first(values, seed=seed)
         self.orders: Tensor = torch.stack([order, order]).share_memory_()  # type: ignore[no-untyped-call]  # torch
@@ -214,7 +220,8 @@ class _Pace(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
 
     def _decide(self, interval: int, args: Any, state: Any, given: Mapping[str, Any]) -> None:
         data, collate = self.data, given["train_dataloader"].collate_fn
-        data.decide(interval, losses(given["model"], data.rows, collate, batch=args.eval_batch_size))
+        found = [losses(given["model"], data.rows, collate, batch=args.eval_batch_size)]
+        data.decide(interval, broadcast_object_list(found)[0])  # whose last bits differ from process to process
         state.stateful_callbacks[STATE] = {"newest": interval, "orders": data.orders.tolist()}
 
     def _restore(self, state: Any) -> None:
@@ -230,12 +237,7 @@ class _Pace(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
 
 def _check_trainer(data: Curriculum, args: Any, state: Any, given: Mapping[str, Any]) -> None:
     """Refuses what would train on other rows than those of the curriculum."""
-    strategy = args.train_sampling_strategy
-    if str(getattr(strategy, "value", strategy)) != "sequential":
-        raise ConfigurationError(
-            f"document_curriculum: rows are read in order, and train_sampling_strategy is {strategy!r}. Pass "
-            'TrainingArguments(train_sampling_strategy="sequential").'
-        )
+    check_in_order("document_curriculum: a Curriculum", args, resumed=state.global_step > 0)
     if getattr(given["train_dataloader"], "dataset", data) is not data:
         raise ConfigurationError("document_curriculum: the callback is of another Curriculum than train_dataset.")
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -107,7 +107,7 @@ def _of_tasks(dataset: Any, tokenizer: Any, seed: int, count: int, limits: tuple
 def episode(
     shown: Sequence[tuple[str, str]], given: str, output: str, *, tokenizer: Any, limits: tuple[int, int] = (1024, 900)
 ) -> Episode:
-    """One episode; whole demonstrations are left out, the last ones first, where all do not fit.
+    """One episode; demonstrations that do not fit behind those before them are left out as a whole.
 
     Args:
         shown: inputs and outputs of the demonstrations.
@@ -117,7 +117,7 @@ def episode(
         limits: tokens of the whole and of the demonstrations.
 
     Raises:
-        MismatchError: for a query and answer that leave no room.
+        MismatchError: for a query and answer that leave no room, or if no demonstration fits.
     """
     query, answer = _ids(tokenizer, given + JOINT), _ids(tokenizer, output)
     room = min(limits[1], limits[0] - len(query) - len(answer))
@@ -129,9 +129,13 @@ def episode(
     kept: list[int] = []
     for pair in shown:
         ids = [*_ids(tokenizer, pair[0] + JOINT), *_ids(tokenizer, pair[1]), *_ids(tokenizer, END)]
-        if len(kept) + len(ids) > room:
-            break
-        kept += ids
+        if len(kept) + len(ids) <= room:
+            kept += ids
+    if shown and not kept:
+        raise MismatchError(
+            f"mend: none of {len(shown)} demonstrations fits into {room} tokens. Shorten them, or raise max_length and "
+            "demonstration_length."
+        )
     return Episode(demonstrations=kept, query=query, answer=answer)
 
 
@@ -167,7 +171,8 @@ def padded(found: Sequence[Episode], *, pad: int, labels: bool = True) -> Inputs
 def candidates(
     shown: Sequence[tuple[str, str]], given: str, answers: Sequence[str], *, tokenizer: Any, **settings: Any
 ) -> Mapping[str, Tensor]:
-    """A row for each candidate answer of one query, for `answer_scores`; what the student reads.
+    """A row for each candidate answer of one query, for `answer_scores`: all behind the same demonstrations, those that
+    fit with the longest answer. What the student reads.
 
     Args:
         shown: inputs and outputs of the demonstrations.
@@ -176,6 +181,9 @@ def candidates(
         tokenizer: of the language model.
         **settings: of `episode`.
     """
-    found = [episode(shown, given, answer, tokenizer=tokenizer, **settings) for answer in answers]
+    own = [_ids(tokenizer, answer) for answer in answers]
+    longest = answers[max(range(len(own)), key=lambda place: len(own[place]))]
+    one = episode(shown, given, longest, tokenizer=tokenizer, **settings)
+    found = [replace(one, answer=ids) for ids in own]
     columns = padded(found, pad=_pad(tokenizer))
     return {name: value for name, value in columns.items() if not name.startswith("teacher_")}

@@ -134,7 +134,7 @@ class MENDForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
     """The language model over [S ; E(query, answer)]; without demonstrations it is the language model alone.
 
     Its language model is frozen and in eval mode whatever is asked of the whole, as its gradient flows through to S and
-    its dropout would be a floor under what is compared.
+    its dropout would be a floor under what is compared. So gradient checkpointing is of the small model alone.
     """
 
     config_class = MENDModelConfig

@@ -16,13 +16,13 @@ from transformers import BertConfig, PreTrainedModel
 from hf_compress.errors import MismatchError
 from hf_compress.objective import Inputs
 from hf_compress.provenance import describe_model
-from hf_compress.taps import Taps, watching
+from hf_compress.taps import Taps, joined_heads, watching
 
 from . import _modeling_autodistil as modeling
 
 LETTERS = ("q", "k", "v")
-READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-"""Inputs of a body."""
+READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+"""Inputs of a body of any width."""
 _LAYER = re.compile(r"(?<=encoder\.layer\.)\d+")
 _OTHERS = {"architectures", "auto_map", "compression", "compression_start", "head_size", "model_type", "_name_or_path"}
 """Entries of a SuperLM's config that are not its students'."""
@@ -66,11 +66,6 @@ def top_left(weight: Tensor, shape: Sequence[int]) -> Tensor:
             "may be above that of the SuperLM."
         )
     return weight[tuple(slice(size) for size in shape)]
-
-
-def joined_heads(vectors: Tensor) -> Tensor:
-    """(batch, heads, time, head size) to (batch, time, width)."""
-    return vectors.transpose(1, 2).flatten(2)
 
 
 def _sized(model: PreTrainedModel, sizes: Architecture) -> Callable[[], PreTrainedModel]:

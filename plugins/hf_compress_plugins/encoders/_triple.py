@@ -1,4 +1,4 @@
-"""The parts of DistilBERT's loss that compare with a teacher: soft targets, squared logits, cosine of last states.
+"""Parts of DistilBERT's loss that compare with a teacher: squared logits, cosine of last states, and where.
 
 Sanh, Debut, Chaumond, Wolf: DistilBERT, a distilled version of BERT, 2019, arXiv:1910.01108; weights, positions and
 means as in its authors' training script.
@@ -11,31 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hf_compress.distiller import select_logits
-from hf_compress.divergences import kl, log_probabilities
 from hf_compress.errors import MismatchError
 from hf_compress.objective import Positions, Signals, require_one_shape
 
 STATES = "hidden:-1"
 """The tap that the cosine compares."""
-
-
-def soft_targets(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    """T² · KL( softmax(z_t / T) ‖ softmax(z_s / T) ).
-
-    Args:
-        student_logits: (position, vocab), any float type; the softmax is taken in float32 or wider.
-        teacher_logits: (position, vocab), detached here.
-        temperature: T.
-
-    Returns:
-        (position,) nats, at least 0.
-
-    Raises:
-        MismatchError: if the shapes differ.
-    """
-    log_p, log_q = log_probabilities("soft targets", student_logits, teacher_logits, temperature)
-    return temperature**2 * kl(log_p, log_q)
 
 
 def squared_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -67,11 +47,6 @@ def scored(signals: Signals, *, of_tokens: bool) -> Positions:
     index = signals.tokens.flatten().nonzero().squeeze(-1)
     example = index // signals.tokens.shape[1]
     return replace(signals.positions, index=index, example=example, labels=None)
-
-
-def logits_at(logits: Tensor, where: Positions) -> Tensor:
-    """(position, vocab), chosen before any softmax: what is masked may hold NaN."""
-    return select_logits(logits, where)
 
 
 def real_states(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

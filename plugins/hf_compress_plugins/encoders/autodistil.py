@@ -24,6 +24,9 @@ scores of padded keys of both models, so that padding counts (masking="added"): 
 and each text is averaged over its own pairs. The forwards of all students of a step are in memory together, and that of
 the SuperLM itself alone honours gradient checkpointing.
 
+The published tiny space is one of SuperLMs of twelve layers, of which a student of four has 0, 3, 6 and 9; a SuperLM
+that is cut to the seven layers of its largest student trains less, and its students of four have others.
+
 As published only the last queries, keys and values are supervised, each student's own: its last output projection,
 feed-forward and norms are not, nor is a head, which the task's own loss of the largest student teaches where there are
 labels. The masked-LM variants and the search by fine-tuning all students on one task are left out.
@@ -47,10 +50,10 @@ from hf_compress.errors import ConfigurationError, MismatchError, NumericalError
 from hf_compress.objective import Inputs, Needs, Objective, Signals, Sizes, Step, check_unpacked, tokens
 from hf_compress.parts import Budget, Ranking
 from hf_compress.registry import Method
-from hf_compress.taps import Taps, evaluating, unwrap, watching
+from hf_compress.taps import Taps, evaluating, joined_heads, unwrap, watching
 
 from . import _modeling_autodistil as modeling
-from ._super_network import LETTERS, READ, Architecture, Student, extract, joined_heads, own_sizes, parameters
+from ._super_network import LETTERS, READ, Architecture, Student, extract, own_sizes, parameters
 
 HELD = 64
 """Students whose skeletons are kept from step to step."""
@@ -289,7 +292,8 @@ class AutoDistil(Objective):
         teacher = {letter: joined_heads(signals.teacher[f"{letter}:{settings.teacher_layer}"]) for letter in LETTERS}
         own = {letter: joined_heads(signals.student[f"{letter}:-1"]) for letter in LETTERS}
         body: PreTrainedModel = unwrap(step.student).base_model
-        chosen = sandwich(self.students, draws=settings.random_students, seed=settings.seed, step=step.global_step)
+        draws = settings.random_students if torch.is_grad_enabled() else 0  # an evaluation is of the same students
+        chosen = sandwich(self.students, draws=draws, seed=settings.seed, step=step.global_step)
         found = {}
         for name, sizes in chosen.items():
             vectors = own if sizes == own_sizes(body.config) else self._vectors(body, sizes, signals, own["q"].dtype)
@@ -351,7 +355,7 @@ def search(
         it is in the SuperLM, to save or to fine-tune.
 
     Raises:
-        ConfigurationError: if none is within the limits.
+        ConfigurationError: if none is within the limits, or neither config nor record says the space.
         NumericalError: if a loss is not finite.
     """
     settings = _as_trained(student) if config is None else config
@@ -415,11 +419,18 @@ def _held_out(
 
 
 def _as_trained(student: PreTrainedModel) -> AutoDistilConfig:
-    """The settings in the student's record; the defaults where it has none."""
+    """The settings in the student's record.
+
+    Raises:
+        ConfigurationError: if it was not trained so last: other students than those of a space are of no size trained.
+    """
     record = getattr(student.config, "compression", None) or {}
-    own: Mapping[str, Any] = next(
-        (method["settings"] for method in record.get("methods", ()) if method["name"] == "autodistil"), {}
-    )
+    own = next((method["settings"] for method in record.get("methods", ()) if method["name"] == "autodistil"), None)
+    if own is None:
+        raise ConfigurationError(
+            "autodistil: the record of this student does not say that it was trained as a SuperLM, nor with which "
+            "space. Pass config=AutoDistilConfig(…)."
+        )
     settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
     return AutoDistilConfig(**settings)
 

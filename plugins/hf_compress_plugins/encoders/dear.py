@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_compress.divergences import check_temperature, kl, log_probabilities
+from hf_compress.divergences import check_temperature, kl, log_probabilities, softened_kl
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import Signals, Step, require_one_shape
 from hf_compress.registry import Method
@@ -148,7 +148,7 @@ def ranking_loss(scores: Tensor, teacher_scores: Tensor | None, *, loss: Rank) -
 
 def soft_ranking(scores: Tensor, teacher_scores: Tensor, *, temperature: float) -> Tensor:
     """(query,) T² · KL(softmax(t / T) ‖ softmax(s / T)) over the passages; arguments as of `dear`."""
-    return temperature**2 * kl(*log_probabilities("dear", scores, teacher_scores, temperature))
+    return softened_kl("dear", scores, teacher_scores, temperature=temperature)
 
 
 def dear(

@@ -31,9 +31,10 @@ student that takes none beside a teacher that does learns what it has no way to 
 are (batch, heads, time, window + 1), so methods on attention refuse it. To ONNX none of the three is exported: with
 transformers 5.24 and torch 2.13 the exporter traces none of them at more than one length.
 
-KL at every real token is taken some tokens at a time, and computed again in backward: whole are the two models' logits
-alone. With `restrict` it is taken at masked tokens, as an option of DistilBERT's script does; the cosine is then the
-micro-batch's mean. `restrict` and cosine=0 beside Features(layers="last") keeps no whole logits at all.
+KL at every real token is taken some tokens at a time, and computed again in backward: kept are both models' logits, and
+a copy of those at real tokens. With `restrict` it is taken at masked tokens, as an option of DistilBERT's script does;
+the cosine is then the micro-batch's mean. `restrict` and cosine=0 beside Features(layers="last") keeps no whole logits
+at all.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_compress import shrink
-from hf_compress.divergences import check_temperature
+from hf_compress.distiller import select_logits
+from hf_compress.divergences import check_temperature, softened_kl
 from hf_compress.errors import ConfigurationError, MismatchError, UnknownNameError
 from hf_compress.objective import Inputs, Needs, Objective, Rows, Signals, Sizes, Step
 from hf_compress.registry import Method
@@ -65,10 +67,8 @@ from hf_compress_plugins.encoders._long_attention import (
 )
 from hf_compress_plugins.encoders._triple import (
     STATES,
-    logits_at,
     real_states,
     scored,
-    soft_targets,
     state_cosine,
 )
 
@@ -143,10 +143,17 @@ def soft_targets_apart(
         MismatchError: if the shapes differ.
     """
     if len(student_logits) != len(teacher_logits) or len(student_logits) <= positions:
-        return soft_targets(student_logits, teacher_logits, temperature=temperature)
+        return softened_kl("efficient_attention", student_logits, teacher_logits, temperature=temperature)
     parts = zip(*(torch.split(logits, positions) for logits in (student_logits, teacher_logits.detach())), strict=True)
     found = [
-        checkpoint(soft_targets, *part, temperature=temperature, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(
+            softened_kl,
+            "efficient_attention",
+            *part,
+            temperature=temperature,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for part in parts
     ]
     return torch.cat(found)
@@ -193,7 +200,8 @@ def long_rows(dataset: Any, *, tokenizer: Any, length: int, column: str = "text"
         dataset: a `datasets.Dataset` with texts.
         tokenizer: its first and last special tokens, where it has such, stand at both ends of a row, and the last one
             behind each text.
-        length: tokens of every row, special ones included, at least 3; what is left at the end is dropped.
+        length: tokens of every row, special ones included, at least 3; what is left at the end of each thousand texts
+            is dropped.
         column: name of the texts.
 
     Returns:
@@ -220,7 +228,7 @@ def long_rows(dataset: Any, *, tokenizer: Any, length: int, column: str = "text"
         found = [[*first, *stream[start : start + inside], *last] for start in starts]
         return {"input_ids": found, "attention_mask": [[1] * length for _ in found]}
 
-    packed = dataset.map(pack, batched=True, batch_size=None, remove_columns=dataset.column_names)
+    packed = dataset.map(pack, batched=True, remove_columns=dataset.column_names)
     if not len(packed):
         raise ConfigurationError(f"efficient_attention: the texts are shorter than one row of {length} tokens.")
     return packed
@@ -235,7 +243,7 @@ class EfficientAttention(Objective):
 
     def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
         settings = self.config
-        if student.kind != "tokens":
+        if student.kind != "tokens" or getattr(student.config, "is_encoder_decoder", False):
             raise MismatchError(
                 f"efficient_attention is for masked language models and taggers; this one's outputs are "
                 f"{student.kind!r}. Distil such a model first, and tune the student on the task."
@@ -281,18 +289,15 @@ class EfficientAttention(Objective):
 
     def per_position(self, rows: Rows, step: Step) -> Mapping[str, Tensor]:
         assert rows.teacher_logits is not None  # tapped
+        _check_sparse(step)
         return {"soft": self._soft(rows.student_logits, rows.teacher_logits)}
 
     def forward(self, signals: Signals, step: Step) -> Mapping[str, Tensor]:
-        if switched(step.student):
-            raise MismatchError(
-                "efficient_attention: the student, a BigBird, was turned to full attention by an earlier short batch. "
-                "Call keep_sparse(student) before training."
-            )
+        _check_sparse(step)
         settings, found = self.config, dict[str, Tensor]()
         if settings.soft and not settings.restrict:
             where = scored(signals, of_tokens=True)
-            logits = [logits_at(side["logits"], where) for side in (signals.student, signals.teacher)]
+            logits = [select_logits(side["logits"], where) for side in (signals.student, signals.teacher)]
             found["soft"] = self._soft(*logits)
         if settings.cosine:
             states = [real_states(side[STATES], signals.tokens)[0] for side in (signals.student, signals.teacher)]
@@ -304,6 +309,14 @@ class EfficientAttention(Objective):
     def _soft(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         value = soft_targets_apart(student_logits, teacher_logits, temperature=self.config.temperature)
         return self.config.soft * value
+
+
+def _check_sparse(step: Step) -> None:
+    if switched(step.student):
+        raise MismatchError(
+            "efficient_attention: the student, a BigBird, was turned to full attention by an earlier short batch. Call "
+            "keep_sparse(student) before training."
+        )
 
 
 METHOD = Method(

@@ -94,12 +94,20 @@ def teacher_inputs(source_ids: Tensor, source_mask: Tensor, answers: Tensor, *, 
     Returns:
         input_ids, attention_mask and position_ids, each (batch, E + D): the source padded on the left, the answer on
         the right; a row's first real token has position 0.
+
+    Raises:
+        MismatchError: for answers that are padded before their first token, or inside.
     """
     real = source_mask.bool()
     width = real.shape[1]
     placed = torch.arange(width, device=real.device) >= width - real.sum(1, keepdim=True)
     source = torch.full_like(source_ids, pad).masked_scatter(placed, source_ids[real])
     scored = answers != IGNORED
+    if bool((scored[:, 1:] & ~scored[:, :-1]).any()):
+        raise MismatchError(
+            "encoder_decoder: labels are padded before their first token, or inside, and the teacher would read a gap. "
+            'Pad them on the right: tokenizer.padding_side = "right" for DataCollatorForSeq2Seq.'
+        )
     mask = torch.cat([placed, scored], 1).long()
     return {
         "input_ids": torch.cat([source, answers.masked_fill(~scored, pad)], 1),

@@ -41,8 +41,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from hf_compress.divergences import check_temperature, kl, log_probabilities
 from hf_compress.errors import ConfigurationError, MismatchError, UnknownNameError
-from hf_compress.objective import IGNORED, Inputs, Needs, Objective, Signals, Sizes, Step
+from hf_compress.objective import Inputs, Needs, Objective, Signals, Sizes, Step
 from hf_compress.registry import Method
+from hf_compress.stepping import row_cross_entropy
 from hf_compress_plugins.encoders._episodes import Episode as Episode
 from hf_compress_plugins.encoders._episodes import candidates as candidates
 from hf_compress_plugins.encoders._episodes import episode as episode
@@ -120,14 +121,7 @@ def answer_scores(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (row, time, vocab).
         labels: (row, time), -100 outside of the answer.
     """
-    following = labels[:, 1:]
-    counted = following != IGNORED
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p = logits[:, :-1][counted].to(dtype).log_softmax(-1)
-    values = log_p.gather(1, following[counted][:, None]).squeeze(1)
-    total = torch.zeros(len(logits), dtype=dtype, device=logits.device)
-    total = total.index_add(0, counted.nonzero()[:, 0], values)
-    return total / counted.sum(1)
+    return -row_cross_entropy("causal", logits, {"labels": labels})
 
 
 class MEND(Objective):
@@ -138,6 +132,8 @@ class MEND(Objective):
     task_weight: ClassVar[float | None] = 1.0
 
     def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
+        if not isinstance(student.config, MENDModelConfig):
+            raise MismatchError("mend: the student must come from mend(llm), which reads demonstrations.")
         return Needs(columns=COLUMNS, same_tokens=False, mean_over="tokens")
 
     def teacher_batch(self, inputs: Inputs, step: Step) -> Inputs:

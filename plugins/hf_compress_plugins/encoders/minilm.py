@@ -39,6 +39,7 @@ from hf_compress.divergences import kl
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import Needs, Objective, Signals, Sizes, Step, check_unpacked
 from hf_compress.registry import Method
+from hf_compress.taps import joined_heads
 
 LETTERS = "qkv"
 
@@ -146,11 +147,6 @@ def minilm_relation(
     return total / (heads * tokens.sum(1).clamp(min=1))
 
 
-def concatenate_heads(vectors: Tensor) -> Tensor:
-    """(batch, heads, time, head dim) to (batch, time, dim)."""
-    return vectors.transpose(1, 2).flatten(2)
-
-
 class MiniLM(Objective):
     """Relations of the student's last layer against one layer of the teacher."""
 
@@ -173,8 +169,8 @@ class MiniLM(Objective):
     def forward(self, signals: Signals, step: Step) -> dict[str, Tensor]:
         check_unpacked(self.name, signals.inputs)
         letters, layer = set("".join(self.config.relations)), self.config.teacher_layer
-        student = {letter: concatenate_heads(signals.student[f"{letter}:-1"]) for letter in letters}
-        teacher = {letter: concatenate_heads(signals.teacher[f"{letter}:{layer}"]) for letter in letters}
+        student = {letter: joined_heads(signals.student[f"{letter}:-1"]) for letter in letters}
+        teacher = {letter: joined_heads(signals.teacher[f"{letter}:{layer}"]) for letter in letters}
         return {
             pair: weight
             * minilm_relation(

@@ -47,6 +47,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from hf_compress.distiller import select_logits
 from hf_compress.divergences import check_temperature, kl, log_probabilities
 from hf_compress.errors import ConfigurationError, MismatchError
 from hf_compress.objective import Inputs, Needs, Objective, Shapes, Signals, Sizes, Step
@@ -54,7 +55,6 @@ from hf_compress.registry import Method
 from hf_compress.teachers.ensemble import mean_logits
 from hf_compress_plugins.encoders._triple import (
     STATES,
-    logits_at,
     mean_of_examples,
     real_states,
     scored,
@@ -198,7 +198,7 @@ class MultiTeacher(Objective):
     task_weight: ClassVar[float | None] = 2.0
 
     def needs(self, student: Sizes, teacher: Sizes | None) -> Needs:
-        if student.kind not in ("rows", "tokens"):
+        if student.kind not in ("rows", "tokens") or getattr(student.config, "is_encoder_decoder", False):
             raise MismatchError(
                 f"multi_teacher is for classifiers, taggers and masked language models; this one's outputs are "
                 f"{student.kind!r}. Use EnsembleTeacher with a method for it."
@@ -214,7 +214,7 @@ class MultiTeacher(Objective):
             columns=frozenset(
                 f"{role}_{name}" for role in settings.own_tokens for name in ("input_ids", "attention_mask")
             ),
-            same_tokens=not settings.own_tokens,
+            other_tokens=frozenset(settings.own_tokens),
             relates_positions=settings.restrict and not self.rows and settings.cosine > 0,
             mean_over="tokens" if self.of_tokens else "positions",
         )
@@ -240,8 +240,8 @@ class MultiTeacher(Objective):
         found: dict[str, Tensor] = {}
         if settings.soft or settings.squared:
             where = scored(signals, of_tokens=self.of_tokens)
-            student = logits_at(signals.student["logits"], where)
-            logits = [logits_at(taps[name]["logits"], where) for name in aligned]
+            student = select_logits(signals.student["logits"], where)
+            logits = [select_logits(taps[name]["logits"], where) for name in aligned]
             weights = [shares[name] for name in aligned]
             if settings.soft:
                 found["soft"] = settings.soft * teachers_kl(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_compress.divergences import check_temperature, kl, log_probabilities
+from hf_compress.divergences import check_temperature, softened_kl
 from hf_compress.objective import Objective, Rows, Step
 from hf_compress.registry import Method
 
@@ -44,8 +44,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
     Raises:
         MismatchError: if the two logits differ in shape, e.g. in vocabulary size.
     """
-    log_p, log_q = log_probabilities("kd", student_logits, teacher_logits, temperature)
-    return temperature**2 * kl(log_p, log_q)
+    return softened_kl("kd", student_logits, teacher_logits, temperature=temperature)
 
 
 class KD(Objective):
