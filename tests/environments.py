@@ -77,7 +77,7 @@ def wheel(folder: Path, extra: str) -> Path:
 
 def optimum() -> Path:
     """The Python of the environment in which `ci/optimum` runs; it is made where it is not there."""
-    done = subprocess.run([ROOT / "ci" / "optimum", "--environment"], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([ROOT / "ci" / "peers", "optimum-onnx"], stdout=subprocess.PIPE, text=True, check=True)
     return Path(done.stdout.split()[-1])
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import operator
+import os
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from bench_parts import read, write
 from hf_compress_evaluation import bench
-from hf_compress_evaluation.bench import _steps, chunked, onnx
+from hf_compress_evaluation.bench import _peers, _steps, chunked, onnx
 
 from hf_compress.errors import ConfigurationError, UnknownNameError
 
@@ -47,9 +52,31 @@ def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_optimum_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(onnx.PEER, str(tmp_path))
-    with pytest.raises(ConfigurationError, match="run ci/optimum first"):
+    monkeypatch.setenv(_peers.FOLDER, str(tmp_path))
+    with pytest.raises(ConfigurationError, match="run `ci/peers optimum-onnx` first"):
         onnx.prepare(tmp_path)
+
+
+def environment(folder: Path, peer: str) -> None:
+    """This one's Python, where that of a peer would be."""
+    python = folder / peer / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+
+
+def test_a_peer_s_functions_run_in_its_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without this one's paths; what fails over there is told."""
+    environment(tmp_path, "safetensors")
+    monkeypatch.setenv(_peers.FOLDER, str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "nowhere")
+    assert _peers.run_in("safetensors", os.getenv, "PYTHONPATH") is None
+    alone = replace(TOY, peer="safetensors", parts=(), ratios=lambda _: {}, prepare=None)
+    monkeypatch.setattr(bench, "get", lambda name: alone)
+    row = bench.measure("toy", tmp_path / "bench.json", rounds=1)
+    assert row["versions"]["safetensors"] == version("safetensors")
+    with pytest.raises(ConfigurationError, match=r"(?s)`ci/peers safetensors` mends it.*ZeroDivisionError"):
+        _peers.run_in("safetensors", operator.truediv, 1, 0)
 
 
 def test_graphs_take_turns() -> None:

@@ -23,6 +23,8 @@ from hf_compress import files
 from hf_compress.errors import UnknownNameError
 from hf_compress.facts import hardware, versions
 
+from . import _peers
+
 Figures = Mapping[str, float]
 
 
@@ -42,6 +44,8 @@ class Bench:
     """Ratio to the most that is allowed, and to the aim."""
     prepare: Callable[[Path], None] | None = None
     """Writes into a folder, once before the first round, what the parts read."""
+    peer: str | None = None
+    """The package that it compares with, in whose environment (`ci/peers`) all parts run; None: in this one."""
     threads: int | None = None
     """Of torch or ONNX Runtime, whatever is asked for; None: as many as are asked for."""
 
@@ -86,15 +90,16 @@ def measure(
         given: tuple[Path, ...] = ()
         if bench.prepare is not None:
             say(f"{name}: prepare")
-            _alone(bench.prepare, Path(folder))
+            _alone(bench.peer, bench.prepare, Path(folder))
             given = (Path(folder),)
         for number in range(rounds):
             figures: dict[str, Figures] = {}
             for part in bench.parts:
                 say(f"{name}: round {number + 1} of {rounds}, {part}")
-                figures[part] = _alone(bench.run, part, threads, *given)
+                figures[part] = _alone(bench.peer, bench.run, part, threads, *given)
             found.append(figures)
     ratios = [bench.ratios(figures) for figures in found]
+    theirs = {} if bench.peer is None else _alone(bench.peer, _peers.versions_of, bench.peer)
     row = {
         "setting": bench.setting,
         "figures": {part: _medians([figures[part] for figures in found]) for part in bench.parts},
@@ -106,7 +111,7 @@ def measure(
         "command": f"python -m hf_compress_evaluation.bench {name}",
         "date": date.today().isoformat(),
         "machine": hardware(),
-        "versions": versions(),
+        "versions": versions() | theirs,
     }
     rows = files.read_json(output) if output.exists() else {}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +123,10 @@ def _nothing(line: str) -> None:
     """Where nobody listens."""
 
 
-def _alone(function: Callable[..., Any], *given: Any) -> Any:
+def _alone(peer: str | None, function: Callable[..., Any], *given: Any) -> Any:
     """What a function gives in a process of its own."""
+    if peer is not None:
+        return _peers.run_in(peer, function, *given)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *given).result()
 

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,16 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 WARM = 3
 """Steps at the beginning that are not counted."""
+
+QUIET: Mapping[str, Any] = {
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "use_cpu": True,
+    "train_sampling_strategy": "sequential",
+}
+"""Training arguments of every part."""
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for mypy
@@ -66,24 +76,35 @@ def train(
     threads: int,
     callbacks: Sequence[TrainerCallback] = (),
     warm: int = WARM,
+    made: Callable[..., Trainer] = Trainer,
+    arguments: Callable[..., TrainingArguments] = TrainingArguments,
+    collator: Callable[[Any], Any] | None = None,
+    **settings: Any,
 ) -> dict[str, float]:
-    """Median seconds of a step on the CPU after `warm` of them, and the most megabytes that training took."""
+    """Median seconds of a step on the CPU after `warm` of them, and the most megabytes that training took.
+
+    Args:
+        model: the student.
+        rows: of the data set.
+        steps: of the optimizer.
+        batch: rows of a step.
+        threads: of torch.
+        callbacks: beside the clock.
+        warm: steps that are not counted.
+        made: a Trainer, or another's.
+        arguments: the class that goes with it.
+        collator: None: `collate`.
+        **settings: more training arguments.
+    """
     torch.set_num_threads(threads)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=steps,
-            use_cpu=True,
-            train_sampling_strategy="sequential",
-        )
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[*callbacks, clock]
+        trainer = made(
+            model=model,
+            args=arguments(folder, **QUIET, max_steps=steps, per_device_train_batch_size=batch, **settings),
+            train_dataset=rows,
+            data_collator=collator or collate,
+            callbacks=[*callbacks, clock],
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is a command's result
         with highest() as memory:

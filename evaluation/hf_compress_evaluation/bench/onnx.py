@@ -1,14 +1,12 @@
 """Our graphs against those that Optimum exports and quantises from the same weights: bytes, and latency on a CPU.
 
-Optimum's export needs an environment of its own, that of `ci/optimum`; both graphs then run here, on one ONNX Runtime,
+Optimum's export needs an environment of its own, that of `ci/peers`; both graphs then run here, on one ONNX Runtime,
 in one process and alternately: ours with the options of `load_onnx`, Optimum's with the default ones that it opens.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,9 +23,9 @@ from hf_compress.onnx.runtime import open_session
 from hf_compress_evaluation.demo.recipe import packaged
 
 from . import Bench, Figures
+from ._peers import plain, python_of
 
-PEER = "HF_COMPRESS_OPTIMUM"
-"""Environment variable: folder of the environment with Optimum, if it is not where `ci/optimum` makes it."""
+PEER = "optimum-onnx"
 VARIANTS = {"float32": "onnx", "int8": "onnx_int8"}
 """Folder by part."""
 REPEATS = {(1, 16): 300, (1, 64): 100, (1, 128): 60, (32, 16): 20, (32, 64): 10, (32, 128): 6}
@@ -49,21 +47,6 @@ ORTQuantizer.from_pretrained(output / "onnx").quantize(save_dir=output / "onnx_i
 """Run by the other environment's Python, on the student's folder and the one to write."""
 
 
-def peer() -> Path:
-    """Python of the environment with Optimum.
-
-    Raises:
-        ConfigurationError: if there is none.
-    """
-    usual = Path(tempfile.gettempdir()) / f"hf-compress-optimum-{os.getuid()}"
-    python = Path(os.environ.get(PEER, usual)) / "bin" / "python"
-    if not python.exists():
-        raise ConfigurationError(
-            f"there is no environment with Optimum ({python}): run ci/optimum first, or name its folder in {PEER}."
-        )
-    return python
-
-
 def prepare(folder: Path) -> None:
     """A classifier on MiniLM, not trained, exported and quantised by both; `folder/SIDE/` holds the variants of a side.
 
@@ -71,23 +54,18 @@ def prepare(folder: Path) -> None:
         ConfigurationError: if Optimum or MiniLM is missing, or Optimum's export fails.
         ParityError: if the two float32 graphs do not give the same logits.
     """
-    python, source, ours = peer(), packaged(), folder / SIDES[0]
+    python, source, ours = python_of(PEER), packaged(), folder / SIDES[0]
     torch.manual_seed(0)
     AutoModelForSequenceClassification.from_pretrained(source, num_labels=2).save_pretrained(ours)
     AutoTokenizer.from_pretrained(source).save_pretrained(ours)
-    done = subprocess.run([python, "-c", EXPORT, ours, folder / SIDES[1]], capture_output=True, text=True, env=_plain())
+    done = subprocess.run([python, "-c", EXPORT, ours, folder / SIDES[1]], capture_output=True, text=True, env=plain())
     if done.returncode:
-        raise ConfigurationError(f"Optimum's export failed, run ci/optimum again: {done.stderr.strip()[-500:]}")
+        raise ConfigurationError(f"Optimum's export failed, run `ci/peers {PEER}` again: {done.stderr.strip()[-500:]}")
     export_onnx(ours)
     quantize_onnx(ours, gate=None)
     first, second = (session.run(["logits"], _inputs(3, 11))[0] for session in _sessions(folder, "float32", 1).values())
     if (gap := float(np.abs(first - second).max())) > 1e-4:
         raise ParityError(f"the logits of the two float32 graphs differ by up to {gap:.3g}: not the same weights.")
-
-
-def _plain() -> dict[str, str]:
-    """Without what would bring this environment's packages into the other one."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
 def run(part: str, threads: int, folder: Path) -> Figures:
