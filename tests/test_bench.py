@@ -51,6 +51,12 @@ def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch
     assert "| toy | two / one | 3 |" in bench.markdown({"toy": row})
 
 
+def test_a_round_may_be_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "get", lambda name: replace(TOY, seeded=True))
+    row = bench.measure("toy", tmp_path / "bench.json", rounds=2)
+    assert row["figures"] == {"one": {"seconds": 6.5}, "two": {"seconds": 19.5}}
+
+
 def test_without_optimum_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(_peers.FOLDER, str(tmp_path))
     with pytest.raises(ConfigurationError, match="run `ci/peers optimum-onnx` first"):
@@ -75,6 +81,7 @@ def test_a_peer_s_functions_run_in_its_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench, "get", lambda name: alone)
     row = bench.measure("toy", tmp_path / "bench.json", rounds=1)
     assert row["versions"]["safetensors"] == version("safetensors")
+    assert _peers.run_in("safetensors", sorted, [1, 2], reverse=True) == [2, 1]
     with pytest.raises(ConfigurationError, match=r"(?s)`ci/peers safetensors` mends it.*ZeroDivisionError"):
         _peers.run_in("safetensors", operator.truediv, 1, 0)
 

@@ -46,6 +46,8 @@ class Bench:
     """Writes into a folder, once before the first round, what the parts read."""
     peer: str | None = None
     """The package that it compares with, in whose environment (`ci/peers`) all parts run; None: in this one."""
+    seeded: bool = False
+    """`run` also gets `seed`, the number of the round."""
     threads: int | None = None
     """Of torch or ONNX Runtime, whatever is asked for; None: as many as are asked for."""
 
@@ -96,7 +98,8 @@ def measure(
             figures: dict[str, Figures] = {}
             for part in bench.parts:
                 say(f"{name}: round {number + 1} of {rounds}, {part}")
-                figures[part] = _alone(bench.peer, bench.run, part, threads, *given)
+                named = {"seed": number} if bench.seeded else {}
+                figures[part] = _alone(bench.peer, bench.run, part, threads, *given, **named)
             found.append(figures)
     ratios = [bench.ratios(figures) for figures in found]
     theirs = {} if bench.peer is None else _alone(bench.peer, _peers.versions_of, bench.peer)
@@ -123,12 +126,12 @@ def _nothing(line: str) -> None:
     """Where nobody listens."""
 
 
-def _alone(peer: str | None, function: Callable[..., Any], *given: Any) -> Any:
+def _alone(peer: str | None, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
     """What a function gives in a process of its own."""
     if peer is not None:
-        return _peers.run_in(peer, function, *given)
+        return _peers.run_in(peer, function, *given, **named)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *given).result()
+        return pool.submit(function, *given, **named).result()
 
 
 def _medians(rows: list[Figures]) -> dict[str, float]:

@@ -42,7 +42,7 @@ def plain() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
-def run_in(peer: str, function: Callable[..., Any], *given: Any) -> Any:
+def run_in(peer: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
     """What a function of a module gives in the peer's environment, in a process of its own.
 
     Raises:
@@ -51,7 +51,7 @@ def run_in(peer: str, function: Callable[..., Any], *given: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
         command: list[str | Path] = [python_of(peer), "-m", __name__, result]
-        asked = pickle.dumps((function, given))
+        asked = pickle.dumps((function, given, named))
         done = subprocess.run(command, input=asked, capture_output=True, env=plain())
         if done.returncode:
             told = done.stderr.decode(errors="replace").strip()[-1500:]
@@ -67,5 +67,5 @@ def versions_of(peer: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    asked, told = pickle.load(sys.stdin.buffer)
-    Path(sys.argv[1]).write_bytes(pickle.dumps(asked(*told)))
+    asked, given, named = pickle.load(sys.stdin.buffer)
+    Path(sys.argv[1]).write_bytes(pickle.dumps(asked(*given, **named)))
