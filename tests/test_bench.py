@@ -12,9 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from bench_parts import read, write
 from hf_compress_evaluation import bench
-from hf_compress_evaluation.bench import _peers, _steps, chunked, onnx
+from hf_compress_evaluation.bench import _peers, _steps, chunked, limit, onnx, scale
+from tiny import tiny_bert_classifier
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_compress.errors import ConfigurationError, UnknownNameError
 
@@ -88,7 +91,7 @@ def test_a_peer_s_functions_run_in_its_environment(monkeypatch: pytest.MonkeyPat
 
 def test_graphs_take_turns() -> None:
     order = list[str]()
-    seconds = onnx._alternately({name: lambda name=name: order.append(name) for name in ("a", "b")}, 2)
+    seconds = onnx.alternately({name: lambda name=name: order.append(name) for name in ("a", "b")}, 2)
     assert order == ["b", "a", "a", "b"] * (onnx.WARM // 2 + 1)
     assert seconds.keys() == {"a", "b"}
 
@@ -124,3 +127,27 @@ def test_time_and_memory_of_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(20):
             sum(range(100_000))
     assert memory[0] > 50 << 20
+
+
+def test_a_graph_s_products_are_those_that_are_counted_elsewhere() -> None:
+    """torch counts the operations of a forward pass by another way."""
+    model = tiny_bert_classifier(attn_implementation="eager", vocab_size=30_000).eval()
+    counted = limit.products(model, 2, 6)
+    with FlopCounterMode(display=False) as theirs, torch.no_grad():
+        model(**{name: torch.tensor(value) for name, value in limit.inputs_of(2, 6).items()})
+    assert limit.operations(counted) == theirs.get_total_flops() > 0
+    left, right = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    (product,) = limit._product(tuple(left.shape), tuple(right.shape), threads=1)()
+    assert product.shape == (left @ right).shape
+
+
+def test_growth_is_read_off_the_logarithms() -> None:
+    assert scale.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+    assert [sizes for sizes in scale.grid() if sizes["batch"] == 8] == [dict(scale.BASE, batch=8)]
+
+
+def test_a_step_of_the_grid_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many objectives as are said, whichever way the logits go."""
+    sizes = {"batch": 2, "length": 8, "vocabulary": 300, "objectives": 3}
+    for way in scale.WAYS:
+        assert 0 < scale.run(scale.named(way, sizes), 1)["seconds"] < 60

@@ -63,7 +63,9 @@ def prepare(folder: Path) -> None:
         raise ConfigurationError(f"Optimum's export failed, run `ci/peers {PEER}` again: {done.stderr.strip()[-500:]}")
     export_onnx(ours)
     quantize_onnx(ours, gate=None)
-    first, second = (session.run(["logits"], _inputs(3, 11))[0] for session in _sessions(folder, "float32", 1).values())
+    first, second = (
+        session.run(["logits"], inputs_of(3, 11))[0] for session in _sessions(folder, "float32", 1).values()
+    )
     if (gap := float(np.abs(first - second).max())) > 1e-4:
         raise ParityError(f"the logits of the two float32 graphs differ by up to {gap:.3g}: not the same weights.")
 
@@ -76,8 +78,8 @@ def run(part: str, threads: int, folder: Path) -> Figures:
     }
     sessions = _sessions(folder, part, threads)
     for shape in REPEATS:
-        calls = {side: _call(session, _inputs(*shape)) for side, session in sessions.items()}
-        seconds = _alternately(calls, REPEATS[shape])
+        calls = {side: _call(session, inputs_of(*shape)) for side, session in sessions.items()}
+        seconds = alternately(calls, REPEATS[shape])
         found |= {f"{side}, {shape[0]} x {shape[1]}, ms": 1000 * value for side, value in seconds.items()}
     return found
 
@@ -95,7 +97,7 @@ def _sessions(folder: Path, part: str, threads: int) -> dict[str, Any]:
     }
 
 
-def _inputs(batch: int, length: int) -> dict[str, Any]:
+def inputs_of(batch: int, length: int) -> dict[str, Any]:
     """Ids of whole words and pieces, without padding."""
     ids = np.random.default_rng(0).integers(1000, 30_000, (batch, length))
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
@@ -105,7 +107,7 @@ def _call(session: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
     return lambda: session.run(None, inputs)
 
 
-def _alternately(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def alternately(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each; who begins changes from one turn to the next."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(WARM + repeats):

@@ -1,0 +1,135 @@
+"""How time and memory of a step grow with batch, length, vocabulary and number of objectives; two processes for one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from statistics import linear_regression
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_compress import DistillCallback
+from hf_compress.heads import Memory
+
+from . import Bench, Figures
+from ._steps import texts, train
+
+BASE: Mapping[str, int] = {"batch": 4, "length": 128, "vocabulary": 32_000, "objectives": 1}
+AXES: Mapping[str, tuple[int, ...]] = {
+    "batch": (2, 4, 8),
+    "length": (64, 128, 256),
+    "vocabulary": (8_000, 32_000, 128_000),
+    "objectives": (1, 2, 3),
+}
+METHODS = ("kd", "gkd", "taid")
+"""As many of them as there are objectives: each compares the distributions at all positions."""
+WAYS: tuple[Memory, ...] = ("dense", "chunked")
+STEPS, WARM = 5, 2
+TOGETHER = {1: "one process", 2: "two processes"}
+"""Of one thread each, on the same rows a step."""
+
+
+def model(width: int, layers: int, vocabulary: int) -> LlamaForCausalLM:
+    """An untrained language model."""
+    torch.manual_seed(layers)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=2 * width, max_position_embeddings=512,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def grid() -> list[dict[str, int]]:
+    """The base, and each axis with the others as in the base."""
+    made = [dict(BASE)]
+    for axis, values in AXES.items():
+        made += [{**BASE, axis: value} for value in values if value != BASE[axis]]
+    return made
+
+
+def named(way: str, sizes: Mapping[str, int]) -> str:
+    """A part of the grid."""
+    return f"{way}, " + " x ".join(str(sizes[axis]) for axis in AXES)
+
+
+def run(part: str, threads: int) -> Figures:
+    """Seconds and megabytes of a step."""
+    if part in TOGETHER.values():
+        return together(next(count for count, name in TOGETHER.items() if name == part))
+    way, told = part.split(", ")
+    sizes = dict(zip(AXES, map(int, told.split(" x ")), strict=True))
+    return steps(sizes, "chunked" if way == "chunked" else "dense", threads)
+
+
+def steps(sizes: Mapping[str, int], memory: Memory, threads: int) -> dict[str, float]:
+    """A run of steps of that batch (rows), length (scored positions of a row), vocabulary and number of objectives."""
+    vocabulary, batch = sizes["vocabulary"], sizes["batch"]
+    callback = DistillCallback(
+        model(128, 2, vocabulary), list(METHODS[: sizes["objectives"]]), memory=memory, task_weight=0.0
+    )
+    rows = texts(2 * batch, sizes["length"] + 1, vocabulary)
+    student = model(64, 1, vocabulary)
+    return train(student, rows, steps=STEPS, batch=batch, threads=threads, warm=WARM, callbacks=[callback])
+
+
+def together(processes: int) -> dict[str, float]:
+    """The base's step in so many processes that share its rows: seconds and megabytes of the first of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    share = json.dumps({**BASE, "batch": BASE["batch"] // processes})
+    command = [sys.executable, "-m", __name__, share]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    running = []
+    for rank in range(processes):
+        place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        running.append(subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE))
+    told = [one.communicate()[0] for one in running]
+    if any(one.returncode for one in running):
+        raise ChildProcessError(f"of {processes} processes one failed, see above")
+    found: dict[str, float] = json.loads(told[0].decode().splitlines()[-1])
+    return found
+
+
+def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """b of value ∝ size^b, by least squares of the logarithms."""
+    slope, _ = linear_regression(list(map(math.log, sizes)), list(map(math.log, values)))
+    return slope
+
+
+def ratios(figures: Mapping[str, Figures]) -> Figures:
+    """Exponents of growth along each axis, chunked to whole logits, and what a second process brings."""
+    found = dict[str, float]()
+    for axis, sizes in AXES.items():
+        for unit in ("seconds", "megabytes"):
+            by = {way: [figures[named(way, {**BASE, axis: size})][unit] for size in sizes] for way in WAYS}
+            what = {"seconds": "time", "megabytes": "memory"}[unit]
+            found |= {f"exponent of {what} in {axis}, {way}": exponent(sizes, values) for way, values in by.items()}
+    for size in AXES["vocabulary"]:
+        dense, chunked = (figures[named(way, {**BASE, "vocabulary": size})] for way in WAYS)
+        found[f"chunked / dense, time, vocabulary {size:,}"] = chunked["seconds"] / dense["seconds"]
+        found[f"chunked / dense, memory, vocabulary {size:,}"] = chunked["megabytes"] / dense["megabytes"]
+    one, two = (figures[name] for name in TOGETHER.values())
+    return found | {"two processes / one, time": two["seconds"] / one["seconds"]}
+
+
+BENCH = Bench(
+    setting="Llama of 1 layer of width 64 taught by one of 2 of width 128; unless said otherwise "
+    f"{BASE['batch']} rows of {BASE['length']} scored positions, vocabulary {BASE['vocabulary']:,}, kd; objectives: "
+    f"the first of {', '.join(METHODS)}. An exponent b says that the figure grows as size^b. Two processes of one "
+    "thread each share a step's rows with one process of one thread.",
+    parts=(*(named(way, sizes) for sizes in grid() for way in WAYS), *TOGETHER.values()),
+    run=run,
+    threads=1,
+    ratios=ratios,
+    bars={},
+)
+
+if __name__ == "__main__":
+    print(json.dumps(steps(json.loads(sys.argv[1]), "chunked", 1)))
