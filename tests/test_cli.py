@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
+import together
 import transformers
 import yaml
 from hf_compress_evaluation import table
@@ -494,15 +494,7 @@ def test_two_processes_share_the_rows_of_a_cache(tmp_path: Path) -> None:
     texts = [f"the film was {'very ' * place}good" for place in range(24)]
     (tmp_path / "train.csv").write_text("\n".join(["text", *texts]))
     arguments = ("cache", tmp_path / "big", "--data", tmp_path / "train.csv", "--output", tmp_path / "cache", "--json")
-    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "hf_compress.cli")
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    together.run("-m", "hf_compress.cli", *arguments)
     shards = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*.json") if path.name != "cache.json"]
     keys = [set(shard["examples"]) for shard in shards]
     assert list(map(len, keys)) == [12, 12]

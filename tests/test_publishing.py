@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import peft
 import pytest
+import together
 import torch
 from datasets import Dataset
 from hub.server import KINDS, Fault, Hub, running_hub
@@ -525,11 +525,7 @@ def test_settings_that_contradict_each_other_are_refused_at_once(
 
 @pytest.mark.slow
 def test_two_processes_write_one_folder(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-
+    together.run(__file__, tmp_path)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()  # both found the whole folder after train()
     assert {"compression.json", "model.safetensors", "onnx"} <= set((tmp_path / "0").read_text().split())
     assert not list(tmp_path.glob(".student*"))

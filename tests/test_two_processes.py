@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import features
+import together
 import torch
 from stub import GradientKeeper
 
@@ -52,11 +52,7 @@ def main(target: Path) -> None:
 
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     target = tmp_path / "found.pt"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(target)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
+    together.run(__file__, target)
     found = torch.load(target, weights_only=True)
 
     assert found.keys() == {str(case) for case in features.CASES}
