@@ -15,7 +15,7 @@ from types import ModuleType
 import cases
 import families
 import features
-from hf_compress_evaluation import bench, claims, deployment, draft, encoders, narrowing
+from hf_compress_evaluation import bench, claims, deployment, draft, encoders, narrowing, scaling
 from hf_compress_evaluation import gallery as students
 from hf_compress_evaluation.demo.summary import markdown
 
@@ -72,6 +72,7 @@ def results(root: Path) -> str:
     page, text = root / "evaluation" / "README.md", None
     parts = {
         "bench": benched(root),
+        "scaling": scaling.markdown(),
         "deployment": deployed(root),
         "narrowing": narrowed(root),
         "encoders": encoders.markdown(root / "evaluation" / "results" / "encoders"),

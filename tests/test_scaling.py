@@ -1,0 +1,47 @@
+"""Plans on paper against sums by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hf_compress_evaluation import scaling
+
+PLAIN = scaling.Cluster(flops=1e15, used=0.5, within=1e11, between=1e11, hop=0.0)
+
+
+def test_compute_is_six_and_two_operations_a_parameter_and_token() -> None:
+    plan = scaling.sharded("", 8, 8, PLAIN)
+    assert plan.student == pytest.approx(6 * 7e9 * 8192 / 5e14)
+    assert plan.teacher == pytest.approx(2 * 70e9 * 8192 / 5e14)
+    # logits twice and two gradients of the student's head, one product of the teacher's
+    assert plan.heads == pytest.approx((4 * 4096 + 8192) * 2 * 128_256 * 8192 / 5e14)
+    assert plan.tokens == pytest.approx(8 * 8192 / (plan.student + plan.teacher + plan.heads))
+
+
+def test_gathering_brings_what_is_not_here_and_waits_for_each_hop() -> None:
+    eight = scaling.gather(scaling.STUDENT, 8, 1, PLAIN)
+    assert eight == pytest.approx(2 * 7e9 * 7 / 8 / 1e11)
+    assert scaling.gather(scaling.STUDENT, 8, 3, PLAIN) == pytest.approx(3 * eight)
+    assert scaling.gather(scaling.STUDENT, 1, 1, PLAIN) == 0
+    late = replace(PLAIN, hop=1e-3)
+    assert scaling.gather(scaling.STUDENT, 8, 1, late) - eight == pytest.approx(32 * 7 * 1e-3)
+    slow = replace(PLAIN, between=1e10)
+    assert scaling.gather(scaling.STUDENT, 8, 1, slow) == eight  # within a node
+    assert scaling.gather(scaling.STUDENT, 16, 1, slow) == pytest.approx(2 * 7e9 * 15 / 16 / 1e10)
+
+
+def test_what_a_gpu_holds() -> None:
+    without = scaling.memory(8, None)
+    assert scaling.memory(8, 8) - without == pytest.approx(140e9 / 8)
+    assert scaling.memory(4, None) - without == pytest.approx(16 * 7e9 / 8)
+
+
+def test_a_served_teacher_costs_what_it_costs_here() -> None:
+    """The same GPUs give the same tokens; without its forward there are more."""
+    cluster = scaling.Cluster()
+    by = {plan.name: plan.tokens for plan in scaling.plans(cluster)}
+    together = by["1,024 GPUs, both sharded within a node"]
+    assert by["1,024 GPUs, teacher served by some of them"] == pytest.approx(together)
+    assert by["1,024 GPUs, cached teacher"] > 4 * together
+    assert len(scaling.markdown(cluster).splitlines()) == 2 + len(by) + 3 + len(scaling.A_TOKEN)
