@@ -14,6 +14,7 @@ from alone import output_of
 from datasets import Dataset
 from hf_compress_plugins.encoders._modeling_mend import MENDForCausalLM, positions_of
 from hf_compress_plugins.encoders.mend import (
+    FIRST_WORD,
     RECIPE,
     Episode,
     answer_scores,
@@ -296,6 +297,10 @@ def test_a_student_is_made_of_copies() -> None:
         assert {p.data_ptr() for p in own.parameters()}.isdisjoint(p.data_ptr() for p in theirs.parameters())
     table = reader.get_input_embeddings().weight
     assert all((row == table).all(1).any() for row in model.demonstration_model.virtual_tokens)
+    known = mend(llama(vocab_size=FIRST_WORD + 3), config={"start": "vocabulary", "num_virtual_tokens": 60})
+    table = known.get_input_embeddings().weight
+    found = {(row == table).all(1).nonzero().item() for row in known.demonstration_model.virtual_tokens}
+    assert found == {FIRST_WORD, FIRST_WORD + 1, FIRST_WORD + 2}  # special and rare tokens are not drawn
     spread = made(distiller=llama(64, seed=1), num_virtual_tokens=50).demonstration_model.virtual_tokens.std()
     assert float(spread) == pytest.approx(0.3, rel=0.05)
     itself = mend(teacher)
