@@ -51,7 +51,7 @@ def theirs(given: s.Given, recipe: s.Recipe, seed: int, output: Path) -> None:
     for epoch in range(box.num_epochs):
         box.pre_epoch_process(epoch=epoch)
         for batch in box.train_data_loader:
-            loss = box(batch, targets=batch["labels"], supp_dict=None)
+            loss = box.forward_process(batch, targets=batch["labels"], supp_dict=None)
             box.post_forward_process(loss=loss)
         box.post_epoch_process()
     given.student.save_pretrained(output)
