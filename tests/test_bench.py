@@ -58,6 +58,30 @@ def test_a_round_may_be_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(bench, "get", lambda name: replace(TOY, seeded=True))
     row = bench.measure("toy", tmp_path / "bench.json", rounds=2)
     assert row["figures"] == {"one": {"seconds": 6.5}, "two": {"seconds": 19.5}}
+    assert row["seeds"] == [{"two / one": 3.0}, {"two / one": 3.0}]
+
+
+def test_figures_of_seeds_are_means_and_those_of_rounds_medians(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = [{"seconds": value} for value in (1.0, 2.0, 6.0)]
+    for seeded, middle in ((False, 2.0), (True, 3.0)):
+        given = iter(found)
+        monkeypatch.setattr(bench, "_alone", lambda *_, given=given, **__: next(given))
+        toy = replace(TOY, seeded=seeded, parts=("one",), prepare=None, ratios=lambda row: row["one"])
+        monkeypatch.setattr(bench, "get", lambda name, toy=toy: toy)
+        row = bench.measure("toy", tmp_path / "bench.json", rounds=3)
+        assert row["ratios"] == row["figures"]["one"] == {"seconds": middle}
+        assert row["spread"] == {"seconds": [1.0, 6.0]}
+        assert row.get("seeds") == (found if seeded else None)
+
+
+def test_what_is_measured_once_stands_for_all_rounds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = list[str]()
+    monkeypatch.setattr(bench, "get", lambda name: replace(TOY, seeded=True, once=("one",)))
+    row = bench.measure("toy", tmp_path / "bench.json", rounds=2, progress=said.append)
+    assert said[1:] == ["toy: round 1 of 2, one", "toy: round 1 of 2, two", "toy: round 2 of 2, two"]
+    assert row["figures"] == {"one": {"seconds": 6.0}, "two": {"seconds": 19.5}}
 
 
 def test_without_optimum_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

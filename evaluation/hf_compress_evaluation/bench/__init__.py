@@ -1,7 +1,8 @@
 """What a step costs, side by side: `python -m hf_compress_evaluation.bench NAME` measures and writes the figures.
 
 A benchmark is a module of this package with `BENCH = Bench(...)`. Its parts run alternately, each round in processes of
-their own, and each figure is the median over rounds. What misses its aim is written as it was measured.
+their own, and each figure is the median over rounds, or the mean where a round is a seed. What misses its aim is
+written as it was measured.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from hf_compress import files
@@ -47,7 +48,9 @@ class Bench:
     peer: str | None = None
     """The package that it compares with, in whose environment (`ci/peers`) all parts run; None: in this one."""
     seeded: bool = False
-    """`run` also gets `seed`, the number of the round."""
+    """`run` also gets `seed`, the number of the round; figures are means over seeds, and each seed's are kept."""
+    once: tuple[str, ...] = ()
+    """Parts that run in the first round alone; their figures stand for the other rounds too."""
     threads: int | None = None
     """Of torch or ONNX Runtime, whatever is asked for; None: as many as are asked for."""
 
@@ -77,7 +80,7 @@ def measure(
     Args:
         name: of the benchmark.
         output: the results file; rows of other benchmarks are kept.
-        rounds: how often; figures are medians.
+        rounds: how often.
         threads: of torch, where the benchmark leaves it open.
         progress: called with a line before each part.
 
@@ -97,16 +100,20 @@ def measure(
         for number in range(rounds):
             figures: dict[str, Figures] = {}
             for part in bench.parts:
+                if number and part in bench.once:
+                    figures[part] = found[0][part]
+                    continue
                 say(f"{name}: round {number + 1} of {rounds}, {part}")
                 named = {"seed": number} if bench.seeded else {}
                 figures[part] = _alone(bench.peer, bench.run, part, threads, *given, **named)
             found.append(figures)
     ratios = [bench.ratios(figures) for figures in found]
     theirs = {} if bench.peer is None else _alone(bench.peer, _peers.versions_of, bench.peer)
+    middle: Callable[..., float] = mean if bench.seeded else median
     row = {
         "setting": bench.setting,
-        "figures": {part: _medians([figures[part] for figures in found]) for part in bench.parts},
-        "ratios": _medians(ratios),
+        "figures": {part: _middles([figures[part] for figures in found], middle) for part in bench.parts},
+        "ratios": _middles(ratios, middle),
         "spread": {key: [min(r[key] for r in ratios), max(r[key] for r in ratios)] for key in ratios[0]},
         "bars": {key: {"at_most": most, "aim": aim} for key, (most, aim) in bench.bars.items()},
         "rounds": rounds,
@@ -116,6 +123,8 @@ def measure(
         "machine": hardware(),
         "versions": versions() | theirs,
     }
+    if bench.seeded:
+        row["seeds"] = [_middles([figures], mean) for figures in ratios]
     rows = files.read_json(output) if output.exists() else {}
     output.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(output, json.dumps(dict(sorted({**rows, name: row}.items())), indent=1) + "\n")
@@ -134,8 +143,8 @@ def _alone(peer: str | None, function: Callable[..., Any], *given: Any, **named:
         return pool.submit(function, *given, **named).result()
 
 
-def _medians(rows: list[Figures]) -> dict[str, float]:
-    return {key: float(f"{median(row[key] for row in rows):.4g}") for key in rows[0]}
+def _middles(rows: list[Figures], middle: Callable[..., float]) -> dict[str, float]:
+    return {key: float(f"{middle([row[key] for row in rows]):.4g}") for key in rows[0]}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
