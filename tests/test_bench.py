@@ -52,9 +52,10 @@ def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_round_may_be_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Figures are the mean over seeds."""
     monkeypatch.setattr(bench, "get", lambda name: replace(TOY, seeded=True))
-    row = bench.measure("toy", tmp_path / "bench.json", rounds=2)
-    assert row["figures"] == {"one": {"seconds": 6.5}, "two": {"seconds": 19.5}}
+    row = bench.measure("toy", tmp_path / "bench.json", rounds=3)
+    assert row["figures"] == {"one": {"seconds": 7.667}, "two": {"seconds": 23.0}}
 
 
 def test_without_optimum_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

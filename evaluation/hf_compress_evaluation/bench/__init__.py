@@ -1,7 +1,8 @@
 """What a step costs, side by side: `python -m hf_compress_evaluation.bench NAME` measures and writes the figures.
 
 A benchmark is a module of this package with `BENCH = Bench(...)`. Its parts run alternately, each round in processes of
-their own, and each figure is the median over rounds. What misses its aim is written as it was measured.
+their own, and each figure is the median over rounds, the mean where a round is a seed. What misses its aim is written
+as it was measured.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from hf_compress import files
@@ -47,7 +48,7 @@ class Bench:
     peer: str | None = None
     """The package that it compares with, in whose environment (`ci/peers`) all parts run; None: in this one."""
     seeded: bool = False
-    """`run` also gets `seed`, the number of the round."""
+    """`run` also gets `seed`, the number of the round; figures are means."""
     threads: int | None = None
     """Of torch or ONNX Runtime, whatever is asked for; None: as many as are asked for."""
 
@@ -77,7 +78,7 @@ def measure(
     Args:
         name: of the benchmark.
         output: the results file; rows of other benchmarks are kept.
-        rounds: how often; figures are medians.
+        rounds: how often, or of how many seeds.
         threads: of torch, where the benchmark leaves it open.
         progress: called with a line before each part.
 
@@ -102,11 +103,12 @@ def measure(
                 figures[part] = _alone(bench.peer, bench.run, part, threads, *given, **named)
             found.append(figures)
     ratios = [bench.ratios(figures) for figures in found]
+    middle = mean if bench.seeded else median
     theirs = {} if bench.peer is None else _alone(bench.peer, _peers.versions_of, bench.peer)
     row = {
         "setting": bench.setting,
-        "figures": {part: _medians([figures[part] for figures in found]) for part in bench.parts},
-        "ratios": _medians(ratios),
+        "figures": {part: _middle([figures[part] for figures in found], middle) for part in bench.parts},
+        "ratios": _middle(ratios, middle),
         "spread": {key: [min(r[key] for r in ratios), max(r[key] for r in ratios)] for key in ratios[0]},
         "bars": {key: {"at_most": most, "aim": aim} for key, (most, aim) in bench.bars.items()},
         "rounds": rounds,
@@ -134,8 +136,8 @@ def _alone(peer: str | None, function: Callable[..., Any], *given: Any, **named:
         return pool.submit(function, *given, **named).result()
 
 
-def _medians(rows: list[Figures]) -> dict[str, float]:
-    return {key: float(f"{median(row[key] for row in rows):.4g}") for key in rows[0]}
+def _middle(rows: list[Figures], of: Callable[[list[float]], float]) -> dict[str, float]:
+    return {key: float(f"{of([row[key] for row in rows]):.4g}") for key in rows[0]}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
