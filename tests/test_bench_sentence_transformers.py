@@ -24,7 +24,7 @@ WORDS = [
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Few rows and an invented encoder of four layers; the folder that the parts read."""
+    """Few rows and an invented encoder of four layers beside the folder that the parts read."""
     data = load_sentiment(Rows(choice=30, test=30, labelled=200, unlabelled=0))
     encoder = tmp_path / "encoder"
     recipe.invented(encoder, data.labelled.rows)
@@ -57,31 +57,41 @@ def test_our_side_comes_nearer_to_the_teacher(small: Path) -> None:
     assert other[bench.COSINE] != start[bench.COSINE]
 
 
-def test_what_is_reported_is_on_the_test_texts(small: Path) -> None:
+@pytest.fixture
+def prepared(small: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, without the training that chooses the rates."""
     small.mkdir()
+    monkeypatch.setattr(bench, "chosen", lambda part, rate, folder: -rate)
     bench.prepare(small)
-    tasks = files.read_json(small / "given.json")["tasks"]
+    return small
+
+
+def test_what_is_reported_is_on_the_test_texts(prepared: Path) -> None:
+    assert files.read_json(prepared / "rates.json") == {bench.OURS: 1e-6}
+    tasks = files.read_json(prepared / "given.json")["tasks"]
     parts = [set(Path(tasks[part]["data"]).read_text().splitlines()) for part in ("choice", "test")]
     assert [len(part) for part in parts] == [10, 10]
     assert not parts[0] & parts[1]
 
 
-def test_a_seed_is_another_order_of_the_same_texts(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seed_is_another_order_of_the_same_texts(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    small.mkdir()
-    bench.prepare(small)
     kept = bench.taught
-    monkeypatch.setattr(bench, "taught", lambda part, given, target: seen.append(given) or kept(part, given, target))
+
+    def taught(part: str, given: Any, target: Path) -> Any:
+        seen.append(given)
+        return kept(part, given, target)
+
+    monkeypatch.setattr(bench, "taught", taught)
     for seed in (0, 1):
-        bench.run(f"{bench.START}, our layers", 1, small, seed=seed)
+        bench.run(f"{bench.START}, our layers", 1, prepared, seed=seed)
     assert seen[0].texts != seen[1].texts
     assert sorted(seen[0].texts) == sorted(seen[1].texts)
     assert [one.seed for one in seen] == [0, 1]
 
 
 def test_layers_cut_their_way_are_those_that_shrink_keeps(small: Path) -> None:
-    del small  # the encoder
-    whole = AutoModel.from_pretrained(bench.packaged())
+    whole = AutoModel.from_pretrained(small.parent / "encoder")
     expected = shrink(whole, layers=(1, 3)).state_dict()
     found = bench.reduced(whole, (1, 3))
     assert found.config.num_hidden_layers == 2
