@@ -158,6 +158,7 @@ def taught(part: str, given: Given, target: Path) -> Figures:
 
 def prepare(folder: Path) -> None:
     """Writes the texts, and the rate of each way: the best on the choice texts with the first seed."""
+    torch.set_num_threads(THREADS)
     parts, texts = load_sentiment(), _data.texts()
     rows = Dataset.from_list(texts["train"]).shuffle(seed=0).select(range(TEXTS))
     tasks = {
