@@ -55,10 +55,11 @@ def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_round_may_be_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Figures are the mean over seeds."""
     monkeypatch.setattr(bench, "get", lambda name: replace(TOY, seeded=True))
-    row = bench.measure("toy", tmp_path / "bench.json", rounds=2)
-    assert row["figures"] == {"one": {"seconds": 6.5}, "two": {"seconds": 19.5}}
-    assert row["seeds"] == [{"two / one": 3.0}, {"two / one": 3.0}]
+    row = bench.measure("toy", tmp_path / "bench.json", rounds=3)
+    assert row["figures"] == {"one": {"seconds": 7.667}, "two": {"seconds": 23.0}}
+    assert row["seeds"] == [{"two / one": 3.0}] * 3
 
 
 def test_figures_of_seeds_are_means_and_those_of_rounds_medians(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import datasets
 from transformers import (
@@ -26,6 +26,7 @@ from hf_compress_evaluation import gallery
 from hf_compress_evaluation.candidates import torch_candidate
 from hf_compress_evaluation.demo.recipe import packaged
 from hf_compress_evaluation.gallery import _data
+from hf_compress_evaluation.intervals import Statistic
 from hf_compress_evaluation.scoring import AUTO, scorer
 from hf_compress_evaluation.task import Task
 
@@ -36,6 +37,7 @@ ENTITY_EPOCHS, EMBEDDING_EPOCHS = 4.0, 1.0
 TEACHER_RATE, TEACHER_EPOCHS = 2e-4, 8.0
 TEXTS = 6000
 """Sentences and words without labels that embeddings are taught on."""
+SIMILARITY: Final = "sentence-similarity"
 START = "start, not trained"
 Tell = Callable[[str], None]
 
@@ -86,10 +88,7 @@ def embeddings(
     texts = _data.texts()
     shuffled = datasets.Dataset.from_list(texts["train"]).shuffle(seed=0).select(range(TEXTS))
     rows = {"train": shuffled, "choice": datasets.Dataset.from_list(texts["choice"])}
-    for name, each in _data.pairs().items():
-        _written(output / f"{name}.jsonl", each)
-    held = [{"sentence1": a["text"], "sentence2": b["text"]} for a, b in zip(*_halves(texts["choice"]), strict=True)]
-    _written(output / "choice.jsonl", held)
+    pairs, near = pair_tasks(output), likeness_task(output / "choice.jsonl", [row["text"] for row in texts["choice"]])
     tokenizer = AutoTokenizer.from_pretrained(packaged())
     teacher, start = output / "teacher", output / "start"
     for folder, model in ((teacher, AutoModel.from_pretrained), (start, _half)):
@@ -103,15 +102,12 @@ def embeddings(
         batched=True,
         remove_columns=["text"],
     )
-    tasks = {name: Task(task="sentence-similarity", data=str(output / f"{name}.jsonl")) for name in _data.PAIRS}
-    near = Task(task="sentence-similarity", data=str(output / "choice.jsonl"), label=None)
 
     def scored(folder: Path) -> Scored:
-        own, theirs = (_said(each, near) for each in (folder, teacher))
-        cosines = _scorer("sentence-similarity", folder).likeness(own, theirs)["teacher_cosine"].of
-        figures = {"teacher_cosine": Columns.of("average", cosines)}
-        figures |= {name: _columns(folder, task, "spearmanr", "spearman") for name, task in tasks.items()}
-        return Scored(choice=float(cosines.of(*cosines.columns)), figures=figures)
+        near_teacher = likeness(folder, teacher, near)
+        figures = {"teacher_cosine": Columns.of("average", near_teacher)}
+        figures |= {name: Columns.of("spearman", order(folder, task)) for name, task in pairs.items()}
+        return Scored(choice=value(near_teacher), figures=figures)
 
     def made(method: str, rate: float, seed: int, target: Path) -> Scored:
         callbacks = [_distilling(method, "feature-extraction", AutoModel.from_pretrained(teacher), output)]
@@ -127,13 +123,41 @@ def embeddings(
     return summarise(found, others, about=_about("embeddings", rows, EMBEDDING_EPOCHS))
 
 
+def pair_tasks(output: Path) -> dict[str, Task]:
+    """Word pairs with people's scores, by collection, written below a folder."""
+    for name, rows in _data.pairs().items():
+        _written(output / f"{name}.jsonl", rows)
+    return {name: Task(task=SIMILARITY, data=str(output / f"{name}.jsonl")) for name in _data.PAIRS}
+
+
+def likeness_task(path: Path, texts: Sequence[str]) -> Task:
+    """Texts on which embeddings are compared with the teacher's, written as pairs, of which an odd one out is left."""
+    middle = len(texts) // 2
+    halves = zip(texts[:middle], texts[middle : 2 * middle], strict=True)
+    _written(path, [{"sentence1": a, "sentence2": b} for a, b in halves])
+    return Task(task=SIMILARITY, data=str(path), label=None)
+
+
+def likeness(folder: Path, teacher: Path, task: Task) -> Statistic:
+    """Mean cosine of the embeddings with the teacher's."""
+    own, theirs = (_said(each, task) for each in (folder, teacher))
+    found: Statistic = _scorer(SIMILARITY, folder).likeness(own, theirs)["teacher_cosine"].of
+    return found
+
+
+def order(folder: Path, task: Task) -> Statistic:
+    """Spearman's ρ of the pairs' cosines with people's scores."""
+    found: Statistic = _figure(folder, task, "spearmanr")
+    return found
+
+
+def value(figure: Statistic) -> float:
+    """Of all its rows."""
+    return float(figure.of(*figure.columns))
+
+
 def _half(folder: Path) -> Any:
     return shrink(AutoModel.from_pretrained(folder), layers=LAYERS)
-
-
-def _halves(rows: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    middle = len(rows) // 2
-    return rows[:middle], rows[middle : 2 * middle]
 
 
 def _distilling(method: str, task: str, teacher: Any, output: Path) -> DistillCallback:
@@ -178,8 +202,7 @@ def _figure(folder: Path, task: Task, name: str) -> Any:
 
 
 def _value(folder: Path, task: Task, name: str) -> float:
-    figure = _figure(folder, task, name)
-    return float(figure.of(*figure.columns))
+    return value(_figure(folder, task, name))
 
 
 def _columns(folder: Path, task: Task, name: str, kind: Kind) -> Columns:
