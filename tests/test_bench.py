@@ -16,6 +16,7 @@ import torch
 from bench_parts import read, write
 from hf_compress_evaluation import bench
 from hf_compress_evaluation.bench import _peers, _steps, chunked, limit, onnx, scale
+from hf_compress_evaluation.bench._machine import Machine
 from tiny import tiny_bert_classifier
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +45,7 @@ def test_a_row_is_written_beside_those_of_others(monkeypatch: pytest.MonkeyPatch
     output = tmp_path / "results" / "bench.json"
     output.parent.mkdir()
     output.write_text('{"zzz": {"ratios": {}, "bars": {}, "spread": {}}}')
-    row = bench.measure("toy", output, rounds=1, threads=3, progress=said.append)
+    row = bench.measure("toy", output, rounds=1, on=Machine(threads=3), progress=said.append)
     assert row["ratios"] == {"two / one": 3.0}
     assert row["figures"] == {"one": {"seconds": 6.0}, "two": {"seconds": 18.0}}
     assert row["threads"] == 1
@@ -143,10 +144,10 @@ def test_an_unknown_bench_names_the_nearest() -> None:
 def test_time_and_memory_of_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("VOCABULARY", 300), ("LENGTH", 9), ("STEPS", 5)):
         monkeypatch.setattr(chunked, name, value)
-    found = chunked.run("chunked", 1)
+    found = chunked.run("chunked", Machine())
     assert 0 < found["seconds"] < 60
     assert found["megabytes"] > 0
-    with _steps.highest() as memory:
+    with Machine().highest() as memory:
         kept = bytearray(64 << 20)
         kept[::4096] = b"x" * len(kept[::4096])
         for _ in range(20):
@@ -162,7 +163,7 @@ def test_a_graph_s_products_are_those_that_are_counted_elsewhere() -> None:
         model(**{name: torch.tensor(value) for name, value in limit.inputs_of(2, 6).items()})
     assert limit.operations(counted) == theirs.get_total_flops() > 0
     left, right = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
-    (product,) = limit._product(tuple(left.shape), tuple(right.shape), threads=1)()
+    (product,) = limit._product(tuple(left.shape), tuple(right.shape), on=Machine())()
     assert product.shape == (left @ right).shape
 
 
@@ -175,4 +176,44 @@ def test_a_step_of_the_grid_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many objectives as are said, whichever way the logits go."""
     sizes = {"batch": 2, "length": 8, "vocabulary": 300, "objectives": 3}
     for way in scale.WAYS:
-        assert 0 < scale.run(scale.named(way, sizes), 1)["seconds"] < 60
+        assert 0 < scale.run(scale.named(way, sizes), Machine())["seconds"] < 60
+
+
+def test_a_machine_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for wrong in ({"device": "tpu"}, {"precision": "int8"}):
+        with pytest.raises(ConfigurationError, match="must be one of"):
+            Machine(**wrong)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="no CUDA GPU"):
+        Machine(device="cuda")
+    monkeypatch.setattr(bench, "get", lambda name: TOY)
+    with pytest.raises(ConfigurationError, match="is for a CPU and float32"):
+        bench.measure("toy", tmp_path / "bench.json", on=Machine(precision="bfloat16"))
+
+
+def test_a_row_of_another_precision_stands_beside_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the command that measures it again; the steps' forwards are in it."""
+    monkeypatch.setattr(bench, "get", lambda name: replace(TOY, gpu=True))
+    for on in (Machine(), Machine(precision="bfloat16")):
+        bench.measure("toy", tmp_path / "bench.json", rounds=1, on=on)
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert list(rows) == ["toy", "toy, bfloat16"]
+    assert rows["toy, bfloat16"]["command"].endswith("bench toy --precision bfloat16")
+    seen = list[torch.dtype]()
+    model = tiny_bert_classifier()
+    model.classifier.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    rows_ = [{"input_ids": [2, 5, 3], "labels": 0}] * 4
+    _steps.train(model, rows_, steps=2, batch=2, warm=0, on=Machine(precision="bfloat16"))
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_s_step_is_timed_and_its_own_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("VOCABULARY", 300), ("LENGTH", 9), ("STEPS", 5)):
+        monkeypatch.setattr(chunked, name, value)
+    found = chunked.run("chunked", Machine(device="cuda", precision="bfloat16"))
+    assert found["seconds"] > 0
+    with Machine(device="cuda").highest() as memory:
+        torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+    assert memory[0] >= 64 << 20

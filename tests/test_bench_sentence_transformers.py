@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_compress_evaluation.bench import sentence_transformers as bench
+from hf_compress_evaluation.bench._machine import Machine
 from hf_compress_evaluation.demo import recipe
 from hf_compress_evaluation.demo.data import Rows, load_sentiment
 from hf_compress_evaluation.encoders import _models
@@ -46,14 +47,14 @@ def test_our_side_comes_nearer_to_the_teacher(small: Path) -> None:
     small.mkdir()
     bench.prepare(small)
     assert files.read_json(small / "rates.json") == {bench.OURS: 1e-3}
-    start = bench.run(f"{bench.START}, our layers", 1, small, seed=0)
-    found = bench.run(bench.MAIN[bench.OURS], 1, small, seed=1)
+    start = bench.run(f"{bench.START}, our layers", Machine(), small, seed=0)
+    found = bench.run(bench.MAIN[bench.OURS], Machine(), small, seed=1)
     assert start[bench.COSINE] < found[bench.COSINE] < 1
     assert found["seconds"] > 0
     assert found["megabytes"] >= 0
     assert start["learning rate"] == 0
     assert all(-1 <= one[name] <= 1 for one in (start, found) for name in _data.PAIRS)
-    other = bench.run(f"{bench.START}, their layers", 1, small, seed=0)
+    other = bench.run(f"{bench.START}, their layers", Machine(), small, seed=0)
     assert other[bench.COSINE] != start[bench.COSINE]
 
 
@@ -84,7 +85,7 @@ def test_a_seed_is_another_order_of_the_same_texts(prepared: Path, monkeypatch: 
 
     monkeypatch.setattr(bench, "taught", taught)
     for seed in (0, 1):
-        bench.run(f"{bench.START}, our layers", 1, prepared, seed=seed)
+        bench.run(f"{bench.START}, our layers", Machine(), prepared, seed=seed)
     assert seen[0].texts != seen[1].texts
     assert sorted(seen[0].texts) == sorted(seen[1].texts)
     assert [one.seed for one in seen] == [0, 1]

@@ -12,6 +12,7 @@ import torch
 from hf_compress_evaluation import bench
 from hf_compress_evaluation.bench import _sentiment as s
 from hf_compress_evaluation.bench import textbrewer, torchdistill
+from hf_compress_evaluation.bench._machine import Machine
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 from hf_compress import DistillCallback
@@ -88,7 +89,7 @@ def test_ours_optimises_what_the_recipe_says(folder: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("cached", [False, True])
 def test_ours_is_trained_saved_and_measured(folder: Path, cached: bool) -> None:
     side = s.ours_cached if cached else s.ours
-    found = s.figures(side, GIVEN, folder, threads=1, seed=0)
+    found = s.figures(side, GIVEN, folder, on=Machine(), seed=0)
     assert 0 <= found["accuracy"] <= 1
     assert found["seconds"] > 0
     assert found["megabytes"] >= 0
@@ -111,7 +112,7 @@ def test_gradients_of_soft_losses_are_compared_as_they_are(folder: Path) -> None
         inputs, targets = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
         return torch.nn.functional.kl_div(inputs, targets, reduction="batchmean")
 
-    found = s.before(folder, {"plain": plain}, 1)
+    found = s.before(folder, {"plain": plain}, Machine())
     for temperature in s.TEMPERATURES:
         ratio = found[s.gradient("ours", temperature)] / found[s.gradient("plain", temperature)]
         assert ratio == pytest.approx(temperature**2, rel=1e-4)

@@ -24,6 +24,7 @@ from hf_compress.teachers.model import load_teacher
 
 from . import latency, quality
 from .bench import _steps
+from .bench._machine import Machine
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def _with_step(row: Row, student: PreTrainedModel, teacher: PreTrainedModel, len
     callback = DistillCallback(teacher, METHOD)
     try:
         taken = _steps.train(
-            student, rows, steps=STEPS, batch=BATCHES[-1], threads=threads, callbacks=[callback], warm=1
+            student, rows, steps=STEPS, batch=BATCHES[-1], on=Machine(threads=threads), callbacks=[callback], warm=1
         )
     except HfCompressError as error:  # a head that the method does not fit
         return replace(row, note=str(error))

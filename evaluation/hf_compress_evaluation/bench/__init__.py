@@ -14,17 +14,18 @@ import pkgutil
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from hf_compress import files
-from hf_compress.errors import UnknownNameError
+from hf_compress.errors import ConfigurationError, UnknownNameError
 from hf_compress.facts import hardware, versions
 
 from . import _peers
+from ._machine import Machine
 
 Figures = Mapping[str, float]
 
@@ -38,7 +39,7 @@ class Bench:
     parts: tuple[str, ...]
     """Run one after the other in each round."""
     run: Callable[..., Figures]
-    """From part, threads, and the folder if one is prepared, to its figures; picklable: it runs in its own process."""
+    """From part, machine, and the folder if one is prepared, to its figures; picklable: it runs in its own process."""
     ratios: Callable[[Mapping[str, Figures]], Figures]
     """From the figures of a round's parts to what is compared."""
     bars: Mapping[str, tuple[float, float]]
@@ -52,7 +53,9 @@ class Bench:
     once: tuple[str, ...] = ()
     """Parts that run in the first round alone; their figures stand for the other rounds too."""
     threads: int | None = None
-    """Of torch or ONNX Runtime, whatever is asked for; None: as many as are asked for."""
+    """Whatever is asked for; None: as many as are asked for."""
+    gpu: bool = False
+    """It can run on a GPU."""
 
 
 def names() -> list[str]:
@@ -73,7 +76,12 @@ def get(name: str) -> Bench:
 
 
 def measure(
-    name: str, output: Path, *, rounds: int = 5, threads: int = 2, progress: Callable[[str], None] | None = None
+    name: str,
+    output: Path,
+    *,
+    rounds: int = 5,
+    on: Machine | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a benchmark and puts its row into a results file.
 
@@ -81,14 +89,19 @@ def measure(
         name: of the benchmark.
         output: the results file; rows of other benchmarks are kept.
         rounds: how often.
-        threads: of torch, where the benchmark leaves it open.
+        on: where; of the threads as far as the benchmark leaves them open. None: two threads of the CPU.
         progress: called with a line before each part.
 
     Returns:
         the row.
+
+    Raises:
+        ConfigurationError: for a GPU where the benchmark is one of a CPU.
     """
-    bench = get(name)
-    threads = bench.threads or threads
+    bench, on = get(name), on or Machine(threads=2)
+    on = replace(on, threads=bench.threads or on.threads)
+    if on.name and not bench.gpu:
+        raise ConfigurationError(f"the bench {name} is for a CPU and float32: leave --device and --precision out.")
     say = progress or _nothing
     found: list[dict[str, Figures]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +118,7 @@ def measure(
                     continue
                 say(f"{name}: round {number + 1} of {rounds}, {part}")
                 named = {"seed": number} if bench.seeded else {}
-                figures[part] = _alone(bench.peer, bench.run, part, threads, *given, **named)
+                figures[part] = _alone(bench.peer, bench.run, part, on, *given, **named)
             found.append(figures)
     ratios = [bench.ratios(figures) for figures in found]
     theirs = {} if bench.peer is None else _alone(bench.peer, _peers.versions_of, bench.peer)
@@ -117,8 +130,10 @@ def measure(
         "spread": {key: [min(r[key] for r in ratios), max(r[key] for r in ratios)] for key in ratios[0]},
         "bars": {key: {"at_most": most, "aim": aim} for key, (most, aim) in bench.bars.items()},
         "rounds": rounds,
-        "threads": threads,
-        "command": f"python -m hf_compress_evaluation.bench {name}",
+        "threads": on.threads,
+        "device": on.device,
+        "precision": on.precision,
+        "command": f"python -m hf_compress_evaluation.bench {name}{on.options}",
         "date": date.today().isoformat(),
         "machine": hardware(),
         "versions": versions() | theirs,
@@ -127,7 +142,8 @@ def measure(
         row["seeds"] = [_middles([figures], mean) for figures in ratios]
     rows = files.read_json(output) if output.exists() else {}
     output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(output, json.dumps(dict(sorted({**rows, name: row}.items())), indent=1) + "\n")
+    rows[", ".join(filter(None, (name, on.name)))] = row
+    files.write_text(output, json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
     return row
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -13,12 +13,15 @@ from rich.table import Table
 from hf_compress.errors import HfCompressError
 
 from . import measure, names, table
+from ._machine import Machine
 
 
 def main(
     benches: Annotated[list[str] | None, typer.Argument(help="Benchmarks; none: list them.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over so many.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="Of a step: float32, bfloat16 or float16.")] = "float32",
     output: Annotated[Path, typer.Option(help="Results file.")] = Path("evaluation/results/bench.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written.")] = False,
 ) -> None:
@@ -29,9 +32,8 @@ def main(
     rows = {}
     for name in benches:
         try:
-            rows[name] = measure(
-                name, output, rounds=rounds, threads=threads, progress=lambda line: typer.echo(line, err=True)
-            )
+            on = Machine(threads=threads, device=cast(Any, device), precision=cast(Any, precision))
+            rows[name] = measure(name, output, rounds=rounds, on=on, progress=lambda line: typer.echo(line, err=True))
         except HfCompressError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error

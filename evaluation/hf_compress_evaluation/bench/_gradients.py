@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from hf_compress.objective import IGNORED
 
+from ._machine import Machine
 from ._steps import QUIET, texts
 
 LENGTHS = (9, 33, 65, 17)
@@ -38,31 +39,34 @@ def padded(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
-def after_accumulation(student: nn.Module, settings: Mapping[str, Any], *, vocabulary: int) -> float:
+def after_accumulation(student: nn.Module, settings: Mapping[str, Any], *, vocabulary: int, on: Machine) -> float:
     """‖g₄ - g₁‖ / ‖g₁‖ of the gradients of four micro-batches of a row and of one batch of the four.
 
     Args:
         student: stays as it was.
         settings: as `_steps.train` takes them: made, arguments, callbacks, training arguments.
         vocabulary: of the rows, whose lengths are unequal.
+        on: what it runs on.
     """
+    on.begin()
     rows = [row for length in LENGTHS for row in texts(1, length, vocabulary)]
-    first, second = (_gradient(copy.deepcopy(student), dict(settings), rows, size) for size in (len(rows), 1))
+    first, second = (_gradient(copy.deepcopy(student), dict(settings), rows, size, on) for size in (len(rows), 1))
     return float((second - first).norm() / first.norm())
 
 
-def _gradient(student: nn.Module, settings: dict[str, Any], rows: list[dict[str, Any]], batch: int) -> Tensor:
+def _gradient(
+    student: nn.Module, settings: dict[str, Any], rows: list[dict[str, Any]], batch: int, on: Machine
+) -> Tensor:
     kept, callbacks = _Kept(), settings.pop("callbacks", [])
     made, arguments = settings.pop("made", Trainer), settings.pop("arguments", TrainingArguments)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(
             folder,
-            **QUIET,
+            **{**QUIET, **on.arguments(), **settings},
             max_steps=1,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=len(rows) // batch,
             max_grad_norm=0.0,
-            **settings,
         )
         trainer = made(model=student, args=args, train_dataset=rows, data_collator=padded, callbacks=[*callbacks, kept])
         trainer.remove_callback(PrinterCallback)

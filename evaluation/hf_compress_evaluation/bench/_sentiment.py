@@ -25,7 +25,8 @@ from hf_compress_evaluation.demo.data import load_sentiment
 from hf_compress_evaluation.demo.recipe import packaged
 
 from . import Figures
-from ._steps import QUIET, highest
+from ._machine import Machine
+from ._steps import QUIET
 
 LAYERS, BATCH, LENGTH, RATE = 3, 16, 32, 1e-4
 """The student's layers; rows of a step, tokens at most, and the learning rate at the start, of both trainings."""
@@ -118,6 +119,7 @@ def _arguments(folder: Path, epochs: int, seed: int, *, clip: float | None, **se
         max_grad_norm=clip or 0.0,
         seed=seed,
         dataloader_pin_memory=False,
+        use_cpu=True,
         **{**QUIET, **settings},
     )
 
@@ -187,15 +189,15 @@ def _callback(given: Given, recipe: Recipe, seed: int, output: Path, teacher: An
     trainer.save_model(output)
 
 
-def figures(side: Side, recipe: Recipe, folder: Path, *, threads: int, seed: int) -> Figures:
+def figures(side: Side, recipe: Recipe, folder: Path, *, on: Machine, seed: int) -> Figures:
     """Accuracy on the test rows, seconds of training and megabytes that it took.
 
     Seconds are from models and rows in memory to the student's weights on disk.
     """
-    torch.set_num_threads(threads)
+    on.begin()
     given = Given.read(folder)
     torch.manual_seed(seed)
-    with tempfile.TemporaryDirectory() as output, _clock() as seconds, highest() as memory:
+    with tempfile.TemporaryDirectory() as output, _clock() as seconds, on.highest() as memory:
         side(given, recipe, seed, Path(output))
     return {
         "accuracy": accuracy(given.student, given.test),
@@ -224,15 +226,15 @@ def accuracy(model: nn.Module, rows: Sequence[Row]) -> float:
     return right / len(rows)
 
 
-def before(folder: Path, losses: Mapping[str, Soft], threads: int) -> Figures:
+def before(folder: Path, losses: Mapping[str, Soft], on: Machine) -> Figures:
     """Accuracy of the models that all start from, and norms of the soft losses' gradients on the first batch.
 
     Args:
         folder: that was prepared.
         losses: the others' by name, each at its weight 1.
-        threads: of torch.
+        on: what it runs on.
     """
-    torch.set_num_threads(threads)
+    on.begin()
     given = Given.read(folder)
     found = {"teacher's accuracy": accuracy(given.teacher, given.test)}
     found["student's accuracy"] = accuracy(given.student, given.test)
@@ -278,7 +280,8 @@ def beside(
     found: Mapping[str, Figures], peer: str, *, ways: Sequence[str] = ("",), losses: Sequence[str] = ()
 ) -> Figures:
     """What is compared: accuracy, time and memory of each way, and the sweep with the peer's losses."""
-    start, ratios = found[START], dict[str, float]()
+    start = found[START]
+    ratios = dict[str, float]()
     for way in ways:
         own, theirs = found[f"ours{way}"], found[f"{peer}{way}"]
         ratios |= {
@@ -290,10 +293,10 @@ def beside(
         }
     ratios |= {name: start[name] for name in ("teacher's accuracy", "student's accuracy")}
     for temperature in TEMPERATURES:
-        name, own = f"T = {temperature:g}", start[gradient("ours", temperature)]
-        ratios[f"gradient at {name}, ours"] = own
+        name, norm_ = f"T = {temperature:g}", start[gradient("ours", temperature)]
+        ratios[f"gradient at {name}, ours"] = norm_
         for loss in losses or (peer,):
-            ratios[f"gradient at {name}, ours / {loss}"] = own / start[gradient(loss, temperature)]
+            ratios[f"gradient at {name}, ours / {loss}"] = norm_ / start[gradient(loss, temperature)]
         for side in ("ours", peer):
             ratios[f"accuracy at {name}, {side}"] = found[swept(side, temperature)]["accuracy"]
     return ratios

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ._machine import Machine
 
 WARM = 3
 """Steps at the beginning that are not counted."""
@@ -24,7 +22,6 @@ QUIET: Mapping[str, Any] = {
     "report_to": [],
     "disable_tqdm": True,
     "logging_strategy": "no",
-    "use_cpu": True,
     "train_sampling_strategy": "sequential",
 }
 """Training arguments of every part."""
@@ -33,38 +30,17 @@ QUIET: Mapping[str, Any] = {
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for mypy
     """Seconds of each step, from before the batch's forward to after the optimizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, on: Machine) -> None:
+        self.on = on
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on.wait()
         self._begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on.wait()
         self.seconds.append(time.perf_counter() - self._begun)
-
-
-def resident() -> int:
-    """Bytes of this process in memory (Linux); 0 where the system does not tell."""
-    told = Path("/proc/self/statm")
-    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else 0
-
-
-@contextmanager
-def highest() -> Iterator[list[int]]:
-    """The most bytes in memory while what is inside runs, over what there were before; looked at every millisecond."""
-    found, done, before = [0], threading.Event(), resident()
-
-    def look() -> None:
-        while not done.wait(0.001):
-            found[0] = max(found[0], resident() - before)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        watcher.join()
 
 
 def train(
@@ -73,7 +49,7 @@ def train(
     *,
     steps: int,
     batch: int,
-    threads: int,
+    on: Machine,
     callbacks: Sequence[TrainerCallback] = (),
     warm: int = WARM,
     made: Callable[..., Trainer] = Trainer,
@@ -81,14 +57,14 @@ def train(
     collator: Callable[[Any], Any] | None = None,
     **settings: Any,
 ) -> dict[str, float]:
-    """Median seconds of a step on the CPU after `warm` of them, and the most megabytes that training took.
+    """Median seconds of a step after `warm` of them, and the most megabytes that training took.
 
     Args:
         model: the student.
         rows: of the data set.
         steps: of the optimizer.
         batch: rows of a step.
-        threads: of torch.
+        on: what it runs on.
         callbacks: beside the clock.
         warm: steps that are not counted.
         made: a Trainer, or another's.
@@ -96,18 +72,20 @@ def train(
         collator: None: `collate`.
         **settings: more training arguments.
     """
-    torch.set_num_threads(threads)
-    clock = Clock()
+    on.begin()
+    clock = Clock(on)
     with tempfile.TemporaryDirectory() as folder:
         trainer = made(
             model=model,
-            args=arguments(folder, **QUIET, max_steps=steps, per_device_train_batch_size=batch, **settings),
+            args=arguments(
+                folder, **{**QUIET, **on.arguments(), **settings}, max_steps=steps, per_device_train_batch_size=batch
+            ),
             train_dataset=rows,
             data_collator=collator or collate,
             callbacks=[*callbacks, clock],
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is a command's result
-        with highest() as memory:
+        with on.highest() as memory:
             trainer.train()
     return {"seconds": median(clock.seconds[warm:]), "megabytes": memory[0] / 2**20}
 

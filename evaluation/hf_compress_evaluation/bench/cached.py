@@ -14,6 +14,7 @@ from hf_compress.divergences import kl
 from hf_compress.teachers.cache import CacheTeacher
 
 from . import Bench, Figures, step
+from ._machine import Machine
 from ._steps import collate, texts, train
 
 VOCABULARY, ROWS, LENGTH, BATCH, STEPS, TOP = 8_000, 256, 64, 16, 30, 64
@@ -29,39 +30,37 @@ def model(width: int, layers: int, scale: float = 0.02) -> BertForMaskedLM:
     return BertForMaskedLM(config)
 
 
-def run(part: str, threads: int) -> Figures:
+def run(part: str, on: Machine) -> Figures:
     """Seconds of a step; of a cached language model also its bytes a token, and the error of the divergence."""
     if part.startswith("classifier"):
-        return _classifier(part, threads)
+        return _classifier(part, on)
     rows = texts(ROWS, LENGTH, VOCABULARY)
     for row in rows:  # as in masked language modelling: one label in seven
         row["labels"] = [token if place % 7 == 0 else -100 for place, token in enumerate(row["labels"])]
     student = model(256, 3)
     if part == "fine-tuning":
-        return train(student, rows, steps=STEPS, batch=BATCH, threads=threads)
-    torch.set_num_threads(threads)
+        return train(student, rows, steps=STEPS, batch=BATCH, on=on)
+    on.begin()
     teacher = model(384, 6, scale=0.2).eval()
     with tempfile.TemporaryDirectory() as folder:
         CacheTeacher(folder, teacher, top_k=TOP).fill(collate(rows[at : at + 32]) for at in range(0, ROWS, 32))
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         cache = CacheTeacher(folder)
-        found = train(
-            student, rows, steps=STEPS, batch=BATCH, threads=threads, callbacks=[DistillCallback(cache, "kd")]
-        )
+        found = train(student, rows, steps=STEPS, batch=BATCH, on=on, callbacks=[DistillCallback(cache, "kd")])
         error = _error(cache, teacher, model(256, 3), collate(rows[:8]))
     return found | {"bytes a token": size / (ROWS * LENGTH), **error}
 
 
-def _classifier(part: str, threads: int) -> Figures:
+def _classifier(part: str, on: Machine) -> Figures:
     """Seconds of a step of the models of the bench `step`."""
     rows, student = texts(ROWS, LENGTH, 2000, classes=2), step.model(256, 3)
     if part == "classifier":
-        return train(student, rows, steps=STEPS, batch=BATCH, threads=threads)
-    torch.set_num_threads(threads)
+        return train(student, rows, steps=STEPS, batch=BATCH, on=on)
+    on.begin()
     with tempfile.TemporaryDirectory() as folder:
         CacheTeacher(folder, step.model(384, 6)).fill(collate(rows[at : at + 32]) for at in range(0, ROWS, 32))
         callbacks = [DistillCallback(CacheTeacher(folder), "kd")]
-        return train(student, rows, steps=STEPS, batch=BATCH, threads=threads, callbacks=callbacks)
+        return train(student, rows, steps=STEPS, batch=BATCH, on=on, callbacks=callbacks)
 
 
 def _error(
@@ -96,6 +95,7 @@ BENCH = Bench(
     "callback at the scored ones. The classifier is that of the bench `step`.",
     parts=("fine-tuning", "cached", "classifier", "classifier cached"),
     run=run,
+    gpu=True,
     ratios=ratios,
     bars={
         "step with cached teacher / fine-tuning": (1.10, 1.05),

@@ -11,6 +11,7 @@ from hf_compress import DistillCallback
 from hf_compress.heads import Memory
 
 from . import Bench, Figures
+from ._machine import Machine
 from ._steps import texts, train
 
 VOCABULARY, ROWS, LENGTH, STEPS = 32_000, 4, 257, 8
@@ -26,12 +27,12 @@ def model(width: int, layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def run(part: str, threads: int) -> Figures:
+def run(part: str, on: Machine) -> Figures:
     """Seconds and megabytes of steps with the logits whole, or in chunks."""
     memory: Memory = "dense" if part == "dense" else "chunked"
     callback = DistillCallback(model(128, 2), "kd", memory=memory)
     rows = texts(ROWS, LENGTH, VOCABULARY)
-    return train(model(64, 1), rows, steps=STEPS, batch=ROWS, threads=threads, callbacks=[callback])
+    return train(model(64, 1), rows, steps=STEPS, batch=ROWS, on=on, callbacks=[callback])
 
 
 def ratios(figures: Mapping[str, Figures]) -> Figures:
@@ -48,6 +49,7 @@ BENCH = Bench(
     f"{ROWS * (LENGTH - 1):,} scored positions, kd and the task's own loss; memory over what was there before.",
     parts=("dense", "chunked"),
     run=run,
+    gpu=True,
     ratios=ratios,
     bars={"chunked / dense, extra memory": (0.30, 0.20), "chunked / dense, time": (0.60, 0.35)},
 )

@@ -22,6 +22,7 @@ from hf_compress.onnx import export_model
 from hf_compress.onnx.runtime import open_session
 
 from . import Bench, Figures
+from ._machine import Machine
 
 LEARNERS, DEPTH, SIZE = 4, 6, 64
 CALLS, WARM, BATCH = 30, 3, 8
@@ -47,10 +48,10 @@ def prepare(folder: Path) -> None:
         export_model(model.eval(), None, folder / name)
 
 
-def run(part: str, threads: int, folder: Path) -> Figures:
+def run(part: str, on: Machine, folder: Path) -> Figures:
     """Median milliseconds of a call of one graph."""
     pixels = np.random.default_rng(0).standard_normal((BATCH, 3, SIZE, SIZE), dtype=np.float32)
-    session = open_session(folder / part / "model.onnx", provider="cpu", threads=threads)
+    session = open_session(folder / part / "model.onnx", provider=on.device, threads=on.threads)
     taken = []
     for _ in range(WARM + CALLS):
         began = time.perf_counter()

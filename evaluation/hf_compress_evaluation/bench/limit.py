@@ -21,6 +21,7 @@ from hf_compress.onnx.runtime import open_session
 from hf_compress_evaluation.demo.recipe import packaged
 
 from . import Bench, Figures
+from ._machine import Machine
 from .onnx import REPEATS, alternately, inputs_of
 
 Product = tuple[tuple[int, ...], tuple[int, ...]]
@@ -64,11 +65,11 @@ def prepare(folder: Path) -> None:
     export_onnx(folder)
 
 
-def run(part: str, threads: int, folder: Path) -> Figures:
+def run(part: str, on: Machine, folder: Path) -> Figures:
     """Milliseconds of a call, or of its matrix products one after the other, for each shape of the inputs."""
     found: dict[str, float] = {}
     if part == GRAPH:
-        session = open_session(folder / "onnx" / "model.onnx", provider="cpu", threads=threads)
+        session = open_session(folder / "onnx" / "model.onnx", provider=on.device, threads=on.threads)
         for (batch, length), repeats in REPEATS.items():
             call = _call(session, inputs_of(batch, length))
             found[f"{batch} x {length}, ms"] = 1000 * alternately({part: call}, repeats)[part]
@@ -76,7 +77,7 @@ def run(part: str, threads: int, folder: Path) -> Figures:
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
     for (batch, length), repeats in REPEATS.items():
         counted = products(model, batch, length)
-        calls = {str(product): _product(*product, threads=threads) for product in counted}
+        calls = {str(product): _product(*product, on=on) for product in counted}
         seconds = alternately(calls, repeats)
         total = sum(times * seconds[str(product)] for product, times in counted.items())
         found[f"{batch} x {length}, ms"] = 1000 * total
@@ -88,7 +89,7 @@ def _call(session: Any, inputs: Mapping[str, Any]) -> Callable[[], Any]:
     return lambda: session.run(None, inputs)
 
 
-def _product(first: tuple[int, ...], second: tuple[int, ...], *, threads: int) -> Callable[[], Any]:
+def _product(first: tuple[int, ...], second: tuple[int, ...], *, on: Machine) -> Callable[[], Any]:
     """A call of a graph of one product; the second factor of two matrices is a weight, as in a layer."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -103,7 +104,7 @@ def _product(first: tuple[int, ...], second: tuple[int, ...], *, threads: int) -
     model = helper.make_model(helper.make_graph([node], "product", inputs, [output], weights))
     model.ir_version = 10
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = on.threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return _call(session, given)
 

@@ -14,6 +14,7 @@ from hf_compress import DistillCallback
 from . import Bench, Figures
 from ._gradients import after_accumulation
 from ._language import LENGTH, ROWS, STEPS, VOCABULARY, beside, models
+from ._machine import Machine
 from ._steps import texts, train
 
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -38,7 +39,7 @@ def theirs(teacher: Any) -> dict[str, Any]:
     return {"made": made}
 
 
-def run(part: str, threads: int) -> Figures:
+def run(part: str, on: Machine) -> Figures:
     """Seconds and megabytes of steps, values of the divergence, or gradients."""
     if part == "values":
         return values()
@@ -46,9 +47,8 @@ def run(part: str, threads: int) -> Figures:
     student, teacher = models()
     settings = (ours if side == "ours" else theirs)(teacher)
     if way == DATA:
-        return train(student, texts(ROWS, LENGTH, VOCABULARY), steps=STEPS, batch=ROWS, threads=threads, **settings)
-    torch.set_num_threads(threads)
-    return {"relative difference": after_accumulation(student, settings, vocabulary=VOCABULARY)}
+        return train(student, texts(ROWS, LENGTH, VOCABULARY), steps=STEPS, batch=ROWS, on=on, **settings)
+    return {"relative difference": after_accumulation(student, settings, vocabulary=VOCABULARY, on=on)}
 
 
 def values() -> Figures:
@@ -86,6 +86,7 @@ BENCH = Bench(
     parts=("values", *(f"{side}, {way}" for way in (DATA, PARTS) for side in ("ours", PEER))),
     peer="nvidia-modelopt",
     run=run,
+    gpu=True,
     ratios=ratios,
     bars={
         "KL, relative difference": (1e-6, 1e-6),

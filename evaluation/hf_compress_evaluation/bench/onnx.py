@@ -23,6 +23,7 @@ from hf_compress.onnx.runtime import open_session
 from hf_compress_evaluation.demo.recipe import packaged
 
 from . import Bench, Figures
+from ._machine import Machine
 from ._peers import plain, python_of
 
 PEER = "optimum-onnx"
@@ -64,19 +65,19 @@ def prepare(folder: Path) -> None:
     export_onnx(ours)
     quantize_onnx(ours, gate=None)
     first, second = (
-        session.run(["logits"], inputs_of(3, 11))[0] for session in _sessions(folder, "float32", 1).values()
+        session.run(["logits"], inputs_of(3, 11))[0] for session in _sessions(folder, "float32", Machine()).values()
     )
     if (gap := float(np.abs(first - second).max())) > 1e-4:
         raise ParityError(f"the logits of the two float32 graphs differ by up to {gap:.3g}: not the same weights.")
 
 
-def run(part: str, threads: int, folder: Path) -> Figures:
+def run(part: str, on: Machine, folder: Path) -> Figures:
     """Bytes of a variant's graph and weights, and the median milliseconds of a call, of both sides."""
     found = {
         f"{side}, bytes": float(sum(path.stat().st_size for path in (folder / side / VARIANTS[part]).glob("*.onnx*")))
         for side in SIDES
     }
-    sessions = _sessions(folder, part, threads)
+    sessions = _sessions(folder, part, on)
     for shape in REPEATS:
         calls = {side: _call(session, inputs_of(*shape)) for side, session in sessions.items()}
         seconds = alternately(calls, REPEATS[shape])
@@ -84,15 +85,15 @@ def run(part: str, threads: int, folder: Path) -> Figures:
     return found
 
 
-def _sessions(folder: Path, part: str, threads: int) -> dict[str, Any]:
+def _sessions(folder: Path, part: str, on: Machine) -> dict[str, Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = on.threads
     graphs = {side: folder / side / VARIANTS[part] for side in SIDES}
     (theirs,) = graphs["Optimum"].glob("*.onnx")  # it names a quantised graph otherwise
     return {
-        "ours": open_session(graphs["ours"] / "model.onnx", provider="cpu", threads=threads),
+        "ours": open_session(graphs["ours"] / "model.onnx", provider=on.device, threads=on.threads),
         "Optimum": onnxruntime.InferenceSession(str(theirs), options, providers=["CPUExecutionProvider"]),
     }
 

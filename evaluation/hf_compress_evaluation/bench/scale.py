@@ -18,6 +18,7 @@ from hf_compress import DistillCallback
 from hf_compress.heads import Memory
 
 from . import Bench, Figures
+from ._machine import Machine
 from ._steps import texts, train
 
 BASE: Mapping[str, int] = {"batch": 4, "length": 128, "vocabulary": 32_000, "objectives": 1}
@@ -58,16 +59,16 @@ def named(way: str, sizes: Mapping[str, int]) -> str:
     return f"{way}, " + " x ".join(str(sizes[axis]) for axis in AXES)
 
 
-def run(part: str, threads: int) -> Figures:
+def run(part: str, on: Machine) -> Figures:
     """Seconds and megabytes of a step."""
     if part in TOGETHER.values():
         return together(next(count for count, name in TOGETHER.items() if name == part))
     way, told = part.split(", ")
     sizes = dict(zip(AXES, map(int, told.split(" x ")), strict=True))
-    return steps(sizes, "chunked" if way == "chunked" else "dense", threads)
+    return steps(sizes, "chunked" if way == "chunked" else "dense", on)
 
 
-def steps(sizes: Mapping[str, int], memory: Memory, threads: int) -> dict[str, float]:
+def steps(sizes: Mapping[str, int], memory: Memory, on: Machine) -> dict[str, float]:
     """A run of steps of that batch (rows), length (scored positions of a row), vocabulary and number of objectives."""
     vocabulary, batch = sizes["vocabulary"], sizes["batch"]
     callback = DistillCallback(
@@ -75,7 +76,7 @@ def steps(sizes: Mapping[str, int], memory: Memory, threads: int) -> dict[str, f
     )
     rows = texts(2 * batch, sizes["length"] + 1, vocabulary)
     student = model(64, 1, vocabulary)
-    return train(student, rows, steps=STEPS, batch=batch, threads=threads, warm=WARM, callbacks=[callback])
+    return train(student, rows, steps=STEPS, batch=batch, on=on, warm=WARM, callbacks=[callback])
 
 
 def together(processes: int) -> dict[str, float]:
@@ -126,10 +127,11 @@ BENCH = Bench(
     "thread each share a step's rows with one process of one thread.",
     parts=(*(named(way, sizes) for sizes in grid() for way in WAYS), *TOGETHER.values()),
     run=run,
+    gpu=True,
     threads=1,
     ratios=ratios,
     bars={},
 )
 
 if __name__ == "__main__":
-    print(json.dumps(steps(json.loads(sys.argv[1]), "chunked", 1)))
+    print(json.dumps(steps(json.loads(sys.argv[1]), "chunked", Machine())))

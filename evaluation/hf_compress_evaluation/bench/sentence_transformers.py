@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer
@@ -28,7 +27,8 @@ from hf_compress_evaluation.gallery import _data
 from hf_compress_evaluation.task import Task
 
 from . import Bench, Figures
-from ._steps import highest, train
+from ._machine import Machine
+from ._steps import train
 
 TEXTS, CHOICE, TEST = 2560, 500, 1000
 """Texts that are taught on, on which rates are chosen, and of the reported similarity."""
@@ -64,7 +64,7 @@ class Given:
     texts: list[str]
     rate: float
     seed: int
-    threads: int
+    on: Machine
 
 
 Student = tuple[Any, Any, Figures]
@@ -86,7 +86,7 @@ def ours(given: Given, kept: Sequence[int]) -> Student:
     def read(batch: Mapping[str, list[str]]) -> dict[str, Any]:
         return dict(tokenizer(batch["text"], truncation=True, max_length=LENGTH))
 
-    with measured() as taken:
+    with measured(given.on) as taken:
         rows = Dataset.from_dict({"text": given.texts}).map(read, batched=True, remove_columns=["text"])
         fit(student, rows, given, collator=collator, callbacks=[callback])
     return student, tokenizer, taken
@@ -110,7 +110,7 @@ def theirs(loss: str, given: Given, kept: Sequence[int]) -> Student:
         found: Trainer = SentenceTransformerTrainer(model=model, loss=getattr(losses, loss)(model), **named)
         return found
 
-    with measured() as taken:
+    with measured(given.on) as taken:
         labels = teacher.encode(given.texts, show_progress_bar=False).tolist()
         rows = Dataset.from_dict({"text": given.texts, "label": labels})
         fit(student, rows, given, made=made, arguments=SentenceTransformerTrainingArguments)
@@ -125,11 +125,11 @@ def reduced(model: Any, kept: Sequence[int]) -> Any:
 
 
 @contextmanager
-def measured() -> Iterator[dict[str, float]]:
+def measured(on: Machine) -> Iterator[dict[str, float]]:
     """Seconds, and the most megabytes over the loaded models, of what is inside."""
     taken: dict[str, float] = {}
     begun = time.perf_counter()
-    with highest() as memory:
+    with on.highest() as memory:
         yield taken
         taken["seconds"] = time.perf_counter() - begun
     taken["megabytes"] = memory[0] / 2**20
@@ -138,7 +138,7 @@ def measured() -> Iterator[dict[str, float]]:
 def fit(student: nn.Module, rows: Dataset, given: Given, **settings: Any) -> None:
     """One epoch, the warm-up and the schedule of their example."""
     train(
-        student, rows, steps=-(-len(rows) // BATCH), batch=BATCH, threads=given.threads,
+        student, rows, steps=-(-len(rows) // BATCH), batch=BATCH, on=given.on,
         learning_rate=given.rate, warmup_steps=0.1, seed=given.seed, **settings,
     )  # fmt: skip
 
@@ -158,7 +158,8 @@ def taught(part: str, given: Given, target: Path) -> Figures:
 
 def prepare(folder: Path) -> None:
     """Writes the texts, and the rate of each way: the best on the choice texts with the first seed."""
-    torch.set_num_threads(THREADS)
+    on = Machine(threads=THREADS)
+    on.begin()
     parts, texts = load_sentiment(), _data.texts()
     rows = Dataset.from_list(texts["train"]).shuffle(seed=0).select(range(TEXTS))
     tasks = {
@@ -177,20 +178,20 @@ def chosen(part: str, rate: float, folder: Path) -> float:
     """The choice texts' cosine to the teacher after training with that rate."""
     given = files.read_json(folder / "given.json")
     with tempfile.TemporaryDirectory() as target:
-        taught(part, Given(texts=given["texts"], rate=rate, seed=0, threads=THREADS), Path(target))
+        taught(part, Given(texts=given["texts"], rate=rate, seed=0, on=Machine(threads=THREADS)), Path(target))
         task = Task.model_validate(given["tasks"]["choice"])
         return _models.value(_models.likeness(Path(target), packaged(), task))
 
 
-def run(part: str, threads: int, folder: Path, *, seed: int) -> Figures:
+def run(part: str, on: Machine, folder: Path, *, seed: int) -> Figures:
     """Cosine to the teacher, Spearman's ρ of both collections, seconds of training and megabytes."""
     given = files.read_json(folder / "given.json")
     tasks = {name: Task.model_validate(task) for name, task in given["tasks"].items()}
     texts = list(Dataset.from_dict({"text": given["texts"]}).shuffle(seed=seed)["text"])
     rate = files.read_json(folder / "rates.json").get(PARTS[part][0], 0.0)
-    torch.set_num_threads(threads)
+    on.begin()
     with tempfile.TemporaryDirectory() as target:
-        taken = taught(part, Given(texts=texts, rate=rate, seed=seed, threads=threads), Path(target))
+        taken = taught(part, Given(texts=texts, rate=rate, seed=seed, on=on), Path(target))
         return {
             COSINE: _models.value(_models.likeness(Path(target), packaged(), tasks["test"])),
             **{name: _models.value(_models.order(Path(target), tasks[name])) for name in _data.PAIRS},

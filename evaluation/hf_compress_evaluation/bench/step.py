@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_compress import DistillCallback
 
 from . import Bench, Figures
+from ._machine import Machine
 from ._steps import WARM, collate, texts, train
 
 ROWS, LENGTH, BATCH, STEPS = 256, 64, 16, 30
@@ -27,12 +28,12 @@ def model(width: int, layers: int) -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-def run(part: str, threads: int) -> Figures:
+def run(part: str, on: Machine) -> Figures:
     """Seconds of a step, or of the teacher's forward alone."""
     rows = texts(ROWS, LENGTH, 2000, classes=2)
     student, teacher = model(256, 3), model(384, 6)
     if part == "teacher by hand":
-        torch.set_num_threads(threads)
+        on.begin()
         teacher.eval()
         seconds = []
         for number in range(STEPS):
@@ -44,7 +45,7 @@ def run(part: str, threads: int) -> Figures:
             seconds.append(time.perf_counter() - begun)
         return {"seconds": median(seconds[WARM:])}
     callbacks = [DistillCallback(teacher, "kd")] if part == "callback" else []
-    return train(student, rows, steps=STEPS, batch=BATCH, threads=threads, callbacks=callbacks)
+    return train(student, rows, steps=STEPS, batch=BATCH, on=on, callbacks=callbacks)
 
 
 def ratios(figures: Mapping[str, Figures]) -> Figures:
@@ -57,6 +58,7 @@ BENCH = Bench(
     setting=f"BERT of 3 layers of width 256 taught by one of 6 of width 384, {BATCH} x {LENGTH} tokens, kd.",
     parts=("student alone", "teacher by hand", "callback"),
     run=run,
+    gpu=True,
     ratios=ratios,
     bars={"step with callback / by hand": (1.05, 1.02)},
 )

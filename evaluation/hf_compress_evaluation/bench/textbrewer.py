@@ -14,6 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from . import Bench, Figures
 from . import _sentiment as s
+from ._machine import Machine
 
 PEER = "textbrewer"
 RECIPE = s.Recipe(temperature=4.0, soft=1.0, hard=0.0)
@@ -77,17 +78,17 @@ def soft(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, tempera
     return found
 
 
-def run(part: str, threads: int, folder: Path, *, seed: int) -> Figures:
+def run(part: str, on: Machine, folder: Path, *, seed: int) -> Figures:
     """What is known at the start, or a training."""
     if part == s.START:
-        return s.before(folder, {PEER: soft}, threads)
+        return s.before(folder, {PEER: soft}, on)
     side, _, way = part.partition(", ")
     recipe = RECIPE
     if way.startswith("T = "):
         recipe = replace(recipe, temperature=float(way.removeprefix("T = ")), epochs=1)
     sides: dict[str, s.Side] = {"ours": s.ours, PEER: theirs}
     cached: dict[str, s.Side] = {"ours": s.ours_cached, PEER: theirs_cached}
-    return s.figures((cached if way == s.CACHED else sides)[side], recipe, folder, threads=threads, seed=seed)
+    return s.figures((cached if way == s.CACHED else sides)[side], recipe, folder, on=on, seed=seed)
 
 
 def ratios(figures: Mapping[str, Figures]) -> Figures:

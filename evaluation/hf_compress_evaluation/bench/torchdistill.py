@@ -14,6 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from . import Bench, Figures
 from . import _sentiment as s
+from ._machine import Machine
 
 PEER = "torchdistill"
 ALPHA = 0.9
@@ -54,7 +55,8 @@ def theirs(given: s.Given, recipe: s.Recipe, seed: int, output: Path) -> None:
             loss = box.forward_process(batch, targets=batch["labels"], supp_dict=None)
             box.post_forward_process(loss=loss)
         box.post_epoch_process()
-    given.student.save_pretrained(output)
+    student: Any = given.student
+    student.save_pretrained(output)
 
 
 def configuration(recipe: s.Recipe, steps: int) -> dict[str, Any]:
@@ -127,13 +129,13 @@ def _loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None,
     return found
 
 
-def run(part: str, threads: int, folder: Path, *, seed: int) -> Figures:
+def run(part: str, on: Machine, folder: Path, *, seed: int) -> Figures:
     """What is known at the start, or a training."""
     if part == s.START:
-        return s.before(folder, {PEER: soft, UNLABELLED: unlabelled}, threads)
+        return s.before(folder, {PEER: soft, UNLABELLED: unlabelled}, on)
     side, _, way = part.partition(", T = ")
     sides: dict[str, s.Side] = {"ours": s.ours, PEER: theirs}
-    return s.figures(sides[side], recipe(float(way), 1) if way else RECIPE, folder, threads=threads, seed=seed)
+    return s.figures(sides[side], recipe(float(way), 1) if way else RECIPE, folder, on=on, seed=seed)
 
 
 def ratios(figures: Mapping[str, Figures]) -> Figures:

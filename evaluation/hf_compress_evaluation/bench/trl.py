@@ -15,6 +15,7 @@ from hf_compress import DistillCallback
 from . import Bench, Figures
 from ._gradients import after_accumulation
 from ._language import ANSWER, LENGTH, PROMPT, ROWS, STEPS, VOCABULARY, beside, models, prompts, read, tokenizer
+from ._machine import Machine
 from ._steps import texts, train
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -65,7 +66,7 @@ def distillation_trainer(teacher: Any, way: str) -> dict[str, Any]:
 SIDES = {"ours": ours, GKDS: gkd_trainer, STABLE: distillation_trainer}
 
 
-def run(part: str, threads: int) -> Figures:
+def run(part: str, on: Machine) -> Figures:
     """Seconds and megabytes of steps, values of the divergence, or gradients."""
     if part == "values":
         return values()
@@ -74,9 +75,8 @@ def run(part: str, threads: int) -> Figures:
     settings = SIDES[side](teacher, way)
     if way != PARTS:
         rows = prompts() if way == OWN else texts(ROWS, LENGTH, VOCABULARY)
-        return train(student, rows, steps=STEPS, batch=ROWS, threads=threads, collator=read, **settings)
-    torch.set_num_threads(threads)
-    return {"relative difference": after_accumulation(student, settings, vocabulary=VOCABULARY)}
+        return train(student, rows, steps=STEPS, batch=ROWS, on=on, collator=read, **settings)
+    return {"relative difference": after_accumulation(student, settings, vocabulary=VOCABULARY, on=on)}
 
 
 def values() -> Figures:
@@ -119,6 +119,7 @@ BENCH = Bench(
     ),
     peer="trl",
     run=run,
+    gpu=True,
     ratios=ratios,
     bars={
         "JSD, relative difference": (1e-6, 1e-6),
