@@ -17,7 +17,7 @@ from . import measure, names, table
 
 def main(
     benches: Annotated[list[str] | None, typer.Argument(help="Benchmarks; none: list them.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over so many.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="So many; a seed each where a bench is seeded.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
     output: Annotated[Path, typer.Option(help="Results file.")] = Path("evaluation/results/bench.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written.")] = False,
