@@ -16,7 +16,14 @@ import torch
 from hf_compress_plugins.general.kd import KD, kd
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_compress import DistillCallback
 from hf_compress.shrinking import shrink
@@ -77,8 +84,8 @@ class Side(Protocol):
 class Given:
     """What both sides start from."""
 
-    teacher: nn.Module
-    student: nn.Module
+    teacher: PreTrainedModel
+    student: PreTrainedModel
     train: Sequence[Row]
     test: Sequence[Row]
 
@@ -293,10 +300,10 @@ def beside(
         }
     ratios |= {name: start[name] for name in ("teacher's accuracy", "student's accuracy")}
     for temperature in TEMPERATURES:
-        name, norm_ = f"T = {temperature:g}", start[gradient("ours", temperature)]
-        ratios[f"gradient at {name}, ours"] = norm_
+        name, size = f"T = {temperature:g}", start[gradient("ours", temperature)]
+        ratios[f"gradient at {name}, ours"] = size
         for loss in losses or (peer,):
-            ratios[f"gradient at {name}, ours / {loss}"] = norm_ / start[gradient(loss, temperature)]
+            ratios[f"gradient at {name}, ours / {loss}"] = size / start[gradient(loss, temperature)]
         for side in ("ours", peer):
             ratios[f"accuracy at {name}, {side}"] = found[swept(side, temperature)]["accuracy"]
     return ratios

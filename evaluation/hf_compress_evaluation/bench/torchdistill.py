@@ -31,7 +31,7 @@ UNLABELLED = f"{PEER} without labels"
 
 
 def theirs(given: s.Given, recipe: s.Recipe, seed: int, output: Path) -> None:
-    """`DistillationBox` in the loop of its example for text classification, with the labels as targets."""
+    """`DistillationBox` in the loop of its examples, with the labels as targets."""
     from torchdistill.core.distillation import get_distillation_box
     from torchdistill.datasets.registry import register_collate_func
     from torchdistill.optim.registry import register_scheduler
@@ -109,7 +109,7 @@ def of_loss(recipe: s.Recipe) -> dict[str, Any]:
 
 
 def unlabelled(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """Its loss where it gets no labels, as in its example for text classification: the divergence without T²."""
+    """Its loss where it gets no labels: the divergence alone, without T²."""
     del labels
     return _loss(student_logits, teacher_logits, None, temperature)
 
@@ -144,10 +144,10 @@ def ratios(figures: Mapping[str, Figures]) -> Figures:
 
 
 BENCH = Bench(
-    setting=f"{s.SETTING} {ALPHA:g} of the labels and {1 - ALPHA:g} of T² KL at T = {RECIPE.temperature:g}, gradients "
-    "clipped to 1, as torchdistill's published configuration for SST-2 has it, with its DistillationBox in the loop of "
-    "its example for text classification. The example hands its loss no labels, which then is the KL alone without T²; "
-    "here it gets them.",
+    setting=f"{s.SETTING} {ALPHA:g} of the labels and {1 - ALPHA:.1g} of T² KL at T = {RECIPE.temperature:g}, "
+    "gradients clipped to 1, as torchdistill's published configuration for SST-2 has it, with its DistillationBox in "
+    "the loop of its examples. Where its loss gets no labels, or none of their weight, it is the KL alone without T²; "
+    "in training it gets them.",
     parts=(s.START, "ours", PEER, *s.sweep(PEER)),
     once=(s.START, *s.sweep(PEER)),
     peer=PEER,
