@@ -47,7 +47,7 @@ def tried(root: Path) -> str:
 def front(root: Path) -> str:
     """The first page, with the demo's table and the gallery of students."""
     page = root / "README.md"
-    text = between(page, "demo", demo(root))
+    text = between(page, "beside", beside(root), between(page, "demo", demo(root)))
     return between(page, "gallery", students.markdown(root / "evaluation" / "results" / "gallery"), text)
 
 
@@ -121,6 +121,12 @@ def benched(root: Path) -> str:
     """The table of the committed benches."""
     found = root / "evaluation" / "results" / "bench.json"
     return bench.markdown(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else ""
+
+
+def beside(root: Path) -> str:
+    """The table of the benches beside other packages."""
+    found = root / "evaluation" / "results" / "bench.json"
+    return bench.beside(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else ""
 
 
 def claimed(root: Path) -> str:

@@ -217,3 +217,13 @@ def test_a_gpu_s_step_is_timed_and_its_own_memory_is_taken(monkeypatch: pytest.M
     with Machine(device="cuda").highest() as memory:
         torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
     assert memory[0] >= 64 << 20
+
+
+def test_the_front_page_has_what_has_a_bar_and_a_peer() -> None:
+    row = {
+        "ratios": {"time": 0.25, "exponent": 1.0}, "bars": {"time": {"at_most": 0.6, "aim": 0.35}}, "beside": "peer",
+        "versions": {"peer": "1.2"}, "command": "python -m bench", "date": "2026-01-01", "machine": "a CPU",
+    }  # fmt: skip
+    lines = bench.beside({"one": row, "two": row | {"beside": None}}).splitlines()
+    assert lines[2:] == ["| peer 1.2 | time | 0.25 | ≤ 0.6 | 0.35 | `python -m bench` |", "", "2026-01-01, a CPU."]
+    assert bench.beside({"two": row | {"beside": None}}) == ""

@@ -6,12 +6,14 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_compress_evaluation import bench
 from hf_compress_evaluation.bench import _sentiment as s
-from hf_compress_evaluation.bench import textbrewer, torchdistill
+from hf_compress_evaluation.bench import onnx, textbrewer, torchdistill
 from hf_compress_evaluation.bench._machine import Machine
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
@@ -146,3 +148,17 @@ def test_the_losses_of_torchdistill_have_its_published_weights() -> None:
         assert settings["alpha"] == 0.9
         assert settings["beta"] == pytest.approx(0.1)
         assert recipe.soft == pytest.approx(0.1 * recipe.temperature**2)
+
+
+def test_a_graph_s_accuracy_is_of_all_rows() -> None:
+    """The last batch is a short one; padding is said to the graph."""
+
+    class Graph:
+        def run(self, names: list[str], given: dict[str, Any]) -> list[Any]:
+            assert names == ["logits"]
+            assert given.keys() == {"input_ids", "attention_mask", "token_type_ids"}
+            assert ((given["input_ids"] != 0) == given["attention_mask"].astype(bool)).all()
+            return [np.eye(2)[given["input_ids"][:, 0] % 2]]
+
+    rows = [{"input_ids": [5 + place, 7, 7][: 1 + place % 3], "labels": 0} for place in range(s.BATCH + 3)]
+    assert onnx.accuracy(Graph(), rows) == pytest.approx(9 / 19)

@@ -48,6 +48,8 @@ class Bench:
     """Writes into a folder, once before the first round, what the parts read."""
     peer: str | None = None
     """The package that it compares with, in whose environment (`ci/peers`) all parts run; None: in this one."""
+    beside: str | None = None
+    """The package that it compares with, where all parts run here."""
     seeded: bool = False
     """`run` also gets `seed`, the number of the round; figures are means over seeds, and each seed's are kept."""
     once: tuple[str, ...] = ()
@@ -131,6 +133,7 @@ def measure(
         "bars": {key: {"at_most": most, "aim": aim} for key, (most, aim) in bench.bars.items()},
         "rounds": rounds,
         "threads": on.threads,
+        "beside": bench.peer or bench.beside,
         "device": on.device,
         "precision": on.precision,
         "command": f"python -m hf_compress_evaluation.bench {name}{on.options}",
@@ -182,3 +185,18 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for name, row in rows.items():
         text += [f"- {name}: {row['setting']} `{row['command']}`, {row['date']}, {row['machine']}."]
     return "\n".join([*text, ""])
+
+
+def beside(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of the benches that compare with another package what has a bar, as a table of Markdown."""
+    lines = ["| beside | figure | measured | bar | aim | again by |", "|---|---|--:|--:|--:|---|"]
+    about = set()
+    for row in rows.values():
+        if not row.get("beside"):
+            continue
+        about.add(f"{row['date']}, {row['machine']}")
+        other = f"{row['beside']} {row['versions'].get(row['beside'], '')}".strip()
+        for key, bar in row["bars"].items():
+            figure = f"{row['ratios'][key]:.3g}"
+            lines.append(f"| {other} | {key} | {figure} | ≤ {bar['at_most']:g} | {bar['aim']:g} | `{row['command']}` |")
+    return "\n".join([*lines, "", "; ".join(sorted(about)) + ".", ""]) if about else ""

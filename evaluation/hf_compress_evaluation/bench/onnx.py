@@ -6,23 +6,23 @@ in one process and alternately: ours with the options of `load_onnx`, Optimum's 
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hf_compress.errors import ConfigurationError, ParityError
 from hf_compress.onnx import export_onnx, quantize_onnx
 from hf_compress.onnx.runtime import open_session
 from hf_compress_evaluation.demo.recipe import packaged
 
-from . import Bench, Figures
+from . import Bench, Figures, _sentiment
 from ._machine import Machine
 from ._peers import plain, python_of
 
@@ -49,16 +49,16 @@ ORTQuantizer.from_pretrained(output / "onnx").quantize(save_dir=output / "onnx_i
 
 
 def prepare(folder: Path) -> None:
-    """A classifier on MiniLM, not trained, exported and quantised by both; `folder/SIDE/` holds the variants of a side.
+    """The classifier of `_sentiment`, exported and quantised by both; `folder/SIDE/` holds the variants of a side.
 
     Raises:
         ConfigurationError: if Optimum or MiniLM is missing, or Optimum's export fails.
         ParityError: if the two float32 graphs do not give the same logits.
     """
-    python, source, ours = python_of(PEER), packaged(), folder / SIDES[0]
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_pretrained(source, num_labels=2).save_pretrained(ours)
-    AutoTokenizer.from_pretrained(source).save_pretrained(ours)
+    python, ours = python_of(PEER), folder / SIDES[0]
+    _sentiment.prepare(folder)
+    (folder / "teacher").rename(ours)
+    AutoTokenizer.from_pretrained(packaged()).save_pretrained(ours)
     done = subprocess.run([python, "-c", EXPORT, ours, folder / SIDES[1]], capture_output=True, text=True, env=plain())
     if done.returncode:
         raise ConfigurationError(f"Optimum's export failed, run `ci/peers {PEER}` again: {done.stderr.strip()[-500:]}")
@@ -72,17 +72,30 @@ def prepare(folder: Path) -> None:
 
 
 def run(part: str, on: Machine, folder: Path) -> Figures:
-    """Bytes of a variant's graph and weights, and the median milliseconds of a call, of both sides."""
+    """Of both sides: bytes of a variant's graph and weights, accuracy, and the median milliseconds of a call."""
     found = {
         f"{side}, bytes": float(sum(path.stat().st_size for path in (folder / side / VARIANTS[part]).glob("*.onnx*")))
         for side in SIDES
     }
     sessions = _sessions(folder, part, on)
+    rows = json.loads((folder / "rows.json").read_text())["test"]
+    found |= {f"{side}, accuracy": accuracy(session, rows) for side, session in sessions.items()}
     for shape in REPEATS:
         calls = {side: _call(session, inputs_of(*shape)) for side, session in sessions.items()}
         seconds = alternately(calls, REPEATS[shape])
         found |= {f"{side}, {shape[0]} x {shape[1]}, ms": 1000 * value for side, value in seconds.items()}
     return found
+
+
+def accuracy(session: Any, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Part of the rows, tokenized and with labels, whose class the graph finds, 0 … 1."""
+    right = 0
+    for start in range(0, len(rows), _sentiment.BATCH):
+        batch = {name: one.numpy() for name, one in _sentiment.pad(rows[start : start + _sentiment.BATCH]).items()}
+        labels = batch.pop("labels")
+        batch["token_type_ids"] = np.zeros_like(batch["input_ids"])
+        right += int((session.run(["logits"], batch)[0].argmax(-1) == labels).sum())
+    return right / len(rows)
 
 
 def _sessions(folder: Path, part: str, on: Machine) -> dict[str, Any]:
@@ -123,21 +136,28 @@ def alternately(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
 def ratios(figures: Mapping[str, Figures]) -> Figures:
     """Of ours to Optimum's."""
     units = ["bytes", *(f"{batch} x {length}, ms" for batch, length in REPEATS)]
-    return {
+    found = {
         f"{part}, {unit.removesuffix(', ms')}": figures[part][f"ours, {unit}"] / figures[part][f"Optimum, {unit}"]
         for part in VARIANTS
         for unit in units
     }
+    for part in VARIANTS:
+        by = {side: figures[part][f"{side}, accuracy"] for side in SIDES}
+        found |= {f"{part}, accuracy, {side}": value for side, value in by.items()}
+        found[f"{part}, accuracy, Optimum's - ours"] = by["Optimum"] - by["ours"]
+    return found
 
 
 BENCH = Bench(
-    setting="MiniLM-L6 with a classifier's head: ours / optimum-onnx 0.1's, both float32 graphs of the same weights, "
-    "int8 dynamic per channel (Optimum's for AVX512-VNNI); batch x tokens, ONNX Runtime on a CPU.",
+    setting="MiniLM-L6, fine-tuned to classify rated sentences, accuracy on the demo's test rows: ours / "
+    "optimum-onnx 0.1's, both float32 graphs of the same weights, int8 dynamic per channel (Optimum's for AVX512-VNNI); batch x tokens, ONNX Runtime on a CPU.",
     parts=tuple(VARIANTS),
     prepare=prepare,
     run=run,
     threads=1,
+    beside=PEER,
     ratios=ratios,
     bars={f"{part}, bytes": (1.0, 1.0) for part in VARIANTS}
+    | {f"{part}, accuracy, Optimum's - ours": (0.005, 0.0) for part in VARIANTS}
     | {f"{part}, {batch} x {length}": (1.05, 0.95) for part in VARIANTS for batch, length in REPEATS},
 )
