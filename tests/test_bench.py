@@ -86,6 +86,33 @@ def test_what_is_measured_once_stands_for_all_rounds(monkeypatch: pytest.MonkeyP
     assert row["figures"] == {"one": {"seconds": 6.0}, "two": {"seconds": 19.5}}
 
 
+def test_a_killed_run_goes_on_with_the_part_it_was_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was measured of another setting is not taken."""
+    said, output = list[str](), tmp_path / "bench.json"
+
+    def killed(line: str) -> None:
+        said.append(line)
+        if line.endswith("round 2 of 3, two"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "get", lambda name: replace(TOY, seeded=True))
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure("toy", output, rounds=3, progress=killed)
+    assert not output.exists()
+    said.clear()
+    row = bench.measure("toy", output, rounds=3, progress=said.append)
+    assert said == ["toy: prepare", *(f"toy: round {place}" for place in ("2 of 3, two", "3 of 3, one", "3 of 3, two"))]
+    assert row["figures"] == {"one": {"seconds": 7.667}, "two": {"seconds": 23.0}}
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    assert row["command"].endswith("bench toy --rounds 3")
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure("toy", output, rounds=3, progress=killed)
+    monkeypatch.setattr(bench, "get", lambda name: replace(TOY, seeded=True, setting="Other."))
+    said.clear()
+    bench.measure("toy", output, rounds=1, progress=said.append)
+    assert said == ["toy: prepare", "toy: round 1 of 1, one", "toy: round 1 of 1, two"]
+
+
 def test_without_optimum_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(_peers.FOLDER, str(tmp_path))
     with pytest.raises(ConfigurationError, match="run `ci/peers optimum-onnx` first"):
@@ -198,7 +225,7 @@ def test_a_row_of_another_precision_stands_beside_the_first(monkeypatch: pytest.
         bench.measure("toy", tmp_path / "bench.json", rounds=1, on=on)
     rows = json.loads((tmp_path / "bench.json").read_text())
     assert list(rows) == ["toy", "toy, bfloat16"]
-    assert rows["toy, bfloat16"]["command"].endswith("bench toy --precision bfloat16")
+    assert rows["toy, bfloat16"]["command"].endswith("bench toy --rounds 1 --precision bfloat16")
     seen = list[torch.dtype]()
     model = tiny_bert_classifier()
     model.classifier.register_forward_hook(lambda module, given, output: seen.append(output.dtype))

@@ -28,6 +28,7 @@ from . import _peers
 from ._machine import Machine
 
 Figures = Mapping[str, float]
+ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +82,13 @@ def measure(
     name: str,
     output: Path,
     *,
-    rounds: int = 5,
+    rounds: int = ROUNDS,
     on: Machine | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a benchmark and puts its row into a results file.
+
+    What is measured is kept beside that file until the row is there, so a killed run goes on with the part it was at.
 
     Args:
         name: of the benchmark.
@@ -104,8 +107,12 @@ def measure(
     on = replace(on, threads=bench.threads or on.threads)
     if on.name and not bench.gpu:
         raise ConfigurationError(f"the bench {name} is for a CPU and float32: leave --device and --precision out.")
-    say = progress or _nothing
-    found: list[dict[str, Figures]] = []
+    say, key = progress or _nothing, ", ".join(filter(None, (name, on.name)))
+    theirs = {} if bench.peer is None else _alone(bench.peer, _peers.versions_of, bench.peer)
+    about = {"setting": bench.setting, "threads": on.threads, "machine": hardware(), "versions": versions() | theirs}
+    partial = output.with_name(f"{output.stem}-{key.replace(', ', '-')}.partial.json")
+    found = _kept(partial, about)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         given: tuple[Path, ...] = ()
         if bench.prepare is not None:
@@ -113,41 +120,50 @@ def measure(
             _alone(bench.peer, bench.prepare, Path(folder))
             given = (Path(folder),)
         for number in range(rounds):
-            figures: dict[str, Figures] = {}
+            if number == len(found):
+                found.append({})
+            figures = found[number]
             for part in bench.parts:
+                if part in figures:
+                    continue
                 if number and part in bench.once:
                     figures[part] = found[0][part]
                     continue
                 say(f"{name}: round {number + 1} of {rounds}, {part}")
                 named = {"seed": number} if bench.seeded else {}
                 figures[part] = _alone(bench.peer, bench.run, part, on, *given, **named)
-            found.append(figures)
+                files.write_text(partial, json.dumps({"about": about, "rounds": found}) + "\n")
+    found = found[:rounds]
     ratios = [bench.ratios(figures) for figures in found]
-    theirs = {} if bench.peer is None else _alone(bench.peer, _peers.versions_of, bench.peer)
     middle: Callable[..., float] = mean if bench.seeded else median
+    asked = (f" --rounds {rounds}" if rounds != ROUNDS else "") + ("" if bench.threads else f" --threads {on.threads}")
     row = {
-        "setting": bench.setting,
+        **about,
         "figures": {part: _middles([figures[part] for figures in found], middle) for part in bench.parts},
         "ratios": _middles(ratios, middle),
         "spread": {key: [min(r[key] for r in ratios), max(r[key] for r in ratios)] for key in ratios[0]},
         "bars": {key: {"at_most": most, "aim": aim} for key, (most, aim) in bench.bars.items()},
         "rounds": rounds,
-        "threads": on.threads,
         "beside": bench.peer or bench.beside,
         "device": on.device,
         "precision": on.precision,
-        "command": f"python -m hf_compress_evaluation.bench {name}{on.options}",
+        "command": f"python -m hf_compress_evaluation.bench {name}{asked}{on.options}",
         "date": date.today().isoformat(),
-        "machine": hardware(),
-        "versions": versions() | theirs,
     }
     if bench.seeded:
         row["seeds"] = [_middles([figures], mean) for figures in ratios]
     rows = files.read_json(output) if output.exists() else {}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    rows[", ".join(filter(None, (name, on.name)))] = row
+    rows[key] = row
     files.write_text(output, json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+    partial.unlink(missing_ok=True)
     return row
+
+
+def _kept(partial: Path, about: Mapping[str, Any]) -> list[dict[str, Figures]]:
+    """The rounds of a run of the same bench, here, that was killed, the last of them perhaps not whole."""
+    read = files.read_json(partial) if partial.exists() else {}
+    found: list[dict[str, Figures]] = read["rounds"] if read.get("about") == about else []
+    return found
 
 
 def _nothing(line: str) -> None:

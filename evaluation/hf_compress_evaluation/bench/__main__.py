@@ -12,13 +12,13 @@ from rich.table import Table
 
 from hf_compress.errors import HfCompressError
 
-from . import measure, names, table
+from . import ROUNDS, measure, names, table
 from ._machine import Machine
 
 
 def main(
     benches: Annotated[list[str] | None, typer.Argument(help="Benchmarks; none: list them.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="So many; a seed each where a bench is seeded.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="So many; a seed each where a bench is seeded.")] = ROUNDS,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="Of a step: float32, bfloat16 or float16.")] = "float32",

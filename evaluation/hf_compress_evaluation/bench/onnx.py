@@ -150,7 +150,8 @@ def ratios(figures: Mapping[str, Figures]) -> Figures:
 
 BENCH = Bench(
     setting="MiniLM-L6, fine-tuned to classify rated sentences, accuracy on the demo's test rows: ours / "
-    "optimum-onnx 0.1's, both float32 graphs of the same weights, int8 dynamic per channel (Optimum's for AVX512-VNNI); batch x tokens, ONNX Runtime on a CPU.",
+    "optimum-onnx 0.1's, both float32 graphs of the same weights, int8 dynamic per channel "
+    "(Optimum's for AVX512-VNNI); batch x tokens, ONNX Runtime on a CPU.",
     parts=tuple(VARIANTS),
     prepare=prepare,
     run=run,
