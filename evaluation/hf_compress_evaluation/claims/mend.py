@@ -24,10 +24,11 @@ from . import Claim, _training
 
 LETTERS = "\n" + string.ascii_lowercase + string.digits + "_"
 """Id 0 is padding."""
-HELD_OUT, TASKS, TESTED, ROWS = 24, 1000, 24, 6
-"""Modules that nothing is trained on; tasks of training and of the test; rows of a task."""
+HELD_OUT, TASKS, TESTED, ROWS, WORD = 24, 2000, 24, 6, 4
+"""Modules that nothing is trained on; tasks of training and of the test; rows of a task; letters
+of its word."""
 SHOWN, VECTORS = 4, 8
-LLM_STEPS, STEPS, BATCH = 1200, 150, 16
+LLM_STEPS, STEPS, BATCH = 800, 150, 16
 DEMONSTRATIONS = ("demonstration_ids", "demonstration_mask")
 STAGES: Mapping[str, tuple[int, int]] = {
     "random vectors": (0, 0),
@@ -64,7 +65,7 @@ def modules() -> list[tuple[str, list[str]]]:
 
 @cache
 def tasks(held_out: bool = False) -> Dataset:
-    """Rows of task, input and output: functions of a module, all with one word, the name of any module.
+    """Rows of task, input and output: functions of a module, all with one word of random letters.
 
     Which word it is nothing tells but other rows of the task.
     """
@@ -73,7 +74,7 @@ def tasks(held_out: bool = False) -> Dataset:
     rows = []
     for task in range(TESTED if held_out else TASKS):
         _, names = draw.choice(pool)
-        word = pool[task % len(pool)][0].lower()
+        word = "".join(draw.choices(string.ascii_lowercase, k=WORD))
         rows += [{"task": task, "input": name, "output": word} for name in draw.sample(names, ROWS)]
     return Dataset.from_list(rows)
 
@@ -195,10 +196,10 @@ def run(variant: str, seed: int) -> Mapping[str, float]:
 CLAIM = Claim(
     published="Matches and often exceeds in-context learning with all demonstrations at much lower cost of inference.",
     check=f"A language model of characters, four layers of width 128, {LLM_STEPS} steps on lists of the standard "
-    "library's functions. In a task all functions are of one module and have one word, any module's name, so that "
-    f"nothing but demonstrations tells it; {SHOWN} are shown, {VECTORS} vectors stand for them, made by its first and "
-    f"last layers; {STEPS} steps a stage. Tested on {TESTED} tasks of {HELD_OUT} modules that nothing was trained on, "
-    "each word against those of three other tasks. Stage 1 reads such lists, unlabelled, as text.",
+    f"library's functions. In a task all functions are of one module and have one word of {WORD} random letters, "
+    f"so that nothing but demonstrations tells it; {SHOWN} are shown, {VECTORS} vectors stand for them, made by its "
+    f"first and last layers; {STEPS} steps a stage. Tested on {TESTED} tasks of {HELD_OUT} modules that nothing was "
+    "trained on, each word against those of three other tasks. Stage 1 reads such lists, unlabelled, as text.",
     expected="No demonstrations below MEND, MEND below or like all demonstrations and above random vectors, and both "
     "stages above stage 2 alone; another task's demonstrations make its word the likelier one.",
     variants=("no demonstrations", "all demonstrations", *STAGES),
