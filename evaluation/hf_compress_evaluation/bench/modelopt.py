@@ -84,6 +84,7 @@ BENCH = Bench(
     f"of values is the largest over T of {', '.join(map(str, TEMPERATURES))}; gradients are of 4 rows of unequal "
     "lengths.",
     parts=("values", *(f"{side}, {way}" for way in (DATA, PARTS) for side in ("ours", PEER))),
+    once=("values", *(f"{side}, {PARTS}" for side in ("ours", PEER))),
     peer="nvidia-modelopt",
     run=run,
     gpu=True,

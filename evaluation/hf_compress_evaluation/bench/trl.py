@@ -117,6 +117,7 @@ BENCH = Bench(
         *(f"{side}, {OWN}" for side in SIDES),
         *(f"{side}, {PARTS}" for side in ("ours", GKDS)),
     ),
+    once=("values", *(f"{side}, {PARTS}" for side in ("ours", GKDS))),
     peer="trl",
     run=run,
     gpu=True,
