@@ -89,6 +89,14 @@ def gather(size: Size, shards: int, times: float, cluster: Cluster) -> float:
     return times * (moved + size.layers * (shards - 1) * cluster.hop)
 
 
+def training_traffic(gpus: int, shards: int, cluster: Cluster) -> float:
+    """Seconds of the student's weights and gradients; gradients of copies are summed between the groups."""
+    found = gather(STUDENT, shards, 3, cluster)
+    if shards < gpus:
+        found += 2 * 2 * STUDENT.parameters / shards * cluster.node / cluster.between
+    return found
+
+
 def heads(*, teacher: bool, cluster: Cluster) -> float:
     """Seconds of the products with the vocabulary: the student's logits twice and their gradients, the teacher's."""
     width = 4 * STUDENT.width + (TEACHER.width if teacher else 0)
@@ -108,9 +116,7 @@ def sharded(name: str, gpus: int, shards: int, cluster: Cluster) -> Plan:
     student = compute(6 * STUDENT.parameters * TOKENS, cluster)
     teacher = compute(2 * TEACHER.parameters * TOKENS, cluster)
     of_heads = heads(teacher=True, cluster=cluster)
-    moving = gather(STUDENT, shards, 3, cluster) + gather(TEACHER, shards, 1, cluster)
-    if shards < gpus:  # gradients of copies are summed between the groups
-        moving += 2 * 2 * STUDENT.parameters / shards * cluster.node / cluster.between
+    moving = training_traffic(gpus, shards, cluster) + gather(TEACHER, shards, 1, cluster)
     return Plan(
         name=name,
         student=student,
@@ -129,9 +135,7 @@ def apart(name: str, gpus: int, cluster: Cluster, *, served: bool) -> Plan:
     of_heads = heads(teacher=served, cluster=cluster)
     training = gpus * (student + of_heads) / (student + of_heads + teacher)
     shards = min(cluster.node, gpus)
-    moving = gather(STUDENT, shards, 3, cluster)
-    if shards < gpus:
-        moving += 2 * 2 * STUDENT.parameters / shards * cluster.node / cluster.between
+    moving = training_traffic(gpus, shards, cluster)
     return Plan(
         name=name,
         student=student,

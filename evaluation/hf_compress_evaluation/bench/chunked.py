@@ -17,11 +17,11 @@ from ._steps import texts, train
 VOCABULARY, ROWS, LENGTH, STEPS = 32_000, 4, 257, 8
 
 
-def model(width: int, layers: int) -> LlamaForCausalLM:
+def model(width: int, layers: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """An untrained language model."""
     torch.manual_seed(layers)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=2 * width, max_position_embeddings=512,
     )  # fmt: skip
     return LlamaForCausalLM(config)

@@ -11,15 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from statistics import linear_regression
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from hf_compress import DistillCallback
 from hf_compress.heads import Memory
 
 from . import Bench, Figures
 from ._machine import Machine
 from ._steps import texts, train
+from .chunked import model
 
 BASE: Mapping[str, int] = {"batch": 4, "length": 128, "vocabulary": 32_000, "objectives": 1}
 AXES: Mapping[str, tuple[int, ...]] = {
@@ -34,16 +32,6 @@ WAYS: tuple[Memory, ...] = ("dense", "chunked")
 STEPS, WARM = 5, 2
 TOGETHER = {1: "one process", 2: "two processes"}
 """Of one thread each, on the same rows a step."""
-
-
-def model(width: int, layers: int, vocabulary: int) -> LlamaForCausalLM:
-    """An untrained language model."""
-    torch.manual_seed(layers)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, intermediate_size=2 * width, max_position_embeddings=512,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def grid() -> list[dict[str, int]]:
