@@ -31,6 +31,13 @@ def test_gathering_brings_what_is_not_here_and_waits_for_each_hop() -> None:
     assert scaling.gather(scaling.STUDENT, 16, 1, slow) == pytest.approx(2 * 7e9 * 15 / 16 / 1e10)
 
 
+def test_copies_sum_their_gradients_between_nodes() -> None:
+    """A ring sends twice its part of 2 bytes a parameter; eight GPUs share what comes into a node."""
+    more = scaling.training_traffic(16, 8, PLAIN) - scaling.training_traffic(8, 8, PLAIN)
+    assert more == pytest.approx(2 * 2 * 7e9 / 8 * 8 / 1e11)
+    assert scaling.apart("", 16, PLAIN, served=False).gathering == scaling.training_traffic(16, 8, PLAIN)
+
+
 def test_what_a_gpu_holds() -> None:
     without = scaling.memory(8, None)
     assert scaling.memory(8, 8) - without == pytest.approx(140e9 / 8)
