@@ -42,6 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "given"
 
 
+@pytest.mark.slow
 def test_our_side_comes_nearer_to_the_teacher(small: Path) -> None:
     """With the rate that is better on the choice texts; the start is that of its layers, not trained."""
     small.mkdir()

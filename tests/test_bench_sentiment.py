@@ -88,6 +88,7 @@ def test_ours_optimises_what_the_recipe_says(folder: Path, monkeypatch: pytest.M
     assert found == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_ours_is_trained_saved_and_measured(folder: Path, cached: bool) -> None:
     side = s.ours_cached if cached else s.ours
@@ -97,6 +98,7 @@ def test_ours_is_trained_saved_and_measured(folder: Path, cached: bool) -> None:
     assert found["megabytes"] >= 0
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_gives_the_same_student(folder: Path) -> None:
     live, cached = s.Given.read(folder), s.Given.read(folder)
     s.ours(live, GIVEN, 1, folder / "live")

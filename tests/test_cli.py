@@ -489,6 +489,7 @@ def test_a_cache_is_filled_once_and_says_its_size(command: Callable[..., Said], 
     assert "asked for is" in command(*arguments, "--top-k", 3).error
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows_of_a_cache(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     texts = [f"the film was {'very ' * place}good" for place in range(24)]

@@ -560,6 +560,7 @@ def test_an_expanded_model_writes_with_a_cache_what_it_writes_without(tmp_path: 
     )
 
 
+@pytest.mark.slow
 def test_an_expanded_model_is_exported(tmp_path: Path) -> None:
     """The look-up is in the graph: the exported model is compared with it at several lengths."""
     expanded(model(len(LARGE), 16, 0), LARGE, BYTES).save_pretrained(tmp_path / "student")

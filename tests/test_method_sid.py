@@ -329,6 +329,7 @@ t.run(Path({str(tmp_path / "killed")!r}), save_strategy="steps", save_steps=2)
     assert testing.weights_hash(again.model) == testing.weights_hash(whole.model)
 
 
+@pytest.mark.slow
 def test_images_come_from_the_saved_generator(tmp_path: Path) -> None:
     made = run(tmp_path)
     made.save_model(str(tmp_path / "student"))

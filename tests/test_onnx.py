@@ -398,6 +398,7 @@ def test_a_path_in_the_config_is_refused(tmp_path: Path, quick: ExportedModel) -
 # Other models
 
 
+@pytest.mark.slow
 def test_a_tied_masked_lm_stores_its_table_once_in_float32_and_in_int8(masked_lm: Path) -> None:
     """The head's vocabulary of 2000 is most of the model."""
     weights = (masked_lm / "model.safetensors").stat().st_size

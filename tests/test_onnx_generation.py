@@ -285,6 +285,7 @@ def test_whisper_generates_torchs_tokens(tmp_path: Path) -> None:
         same_tokens(ours, model, spectra, **WAYS[way])
 
 
+@pytest.mark.slow
 def test_a_corrupted_decoder_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity is checked with the cache: here the past alone is wrong."""
     real = graphs.save
@@ -389,6 +390,7 @@ def test_a_way_that_changes_nothing_is_an_error(causal: Path, tmp_path: Path) ->
 # Named graphs, evaluator
 
 
+@pytest.mark.slow
 def test_a_class_names_its_graphs(tmp_path: Path) -> None:
     model = tiny_bert_classifier()
     full = model.bert
@@ -418,6 +420,7 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": float(np.mean(np.array(predictions) == np.array(references)))}
 
 
+@pytest.mark.slow
 def test_the_evaluator_takes_an_exported_model(tmp_path: Path) -> None:
     from datasets import Dataset
 
@@ -441,6 +444,7 @@ def test_quantising_leaves_the_root_logger_alone(causal: Path) -> None:
     assert (root.level, [*root.handlers]) == before
 
 
+@pytest.mark.slow
 def test_a_table_of_encoder_and_decoder_is_written_once_in_float32_and_in_8_bits(tmp_path: Path) -> None:
     """T5's: both graphs read it from the decoder's external data, which Optimum fetches before it opens either."""
     torch.manual_seed(0)

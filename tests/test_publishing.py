@@ -257,6 +257,7 @@ def test_without_an_export_the_model_is_saved_and_pushed_as_safetensors(hub: Hub
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_precision_that_misses_its_gate_is_said_and_float32_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

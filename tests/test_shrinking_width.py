@@ -432,6 +432,7 @@ def test_outputs_of_models_without_a_head_and_of_other_widths_are_refused() -> N
         report.compared(teacher, teacher, [])
 
 
+@pytest.mark.slow
 def test_a_narrow_bert_is_exported_with_parity(tmp_path: Path) -> None:
     student = shrink(tiny_bert_classifier(hidden_size=32, num_attention_heads=4), hidden=16, heads=2, intermediate=24)
     student.save_pretrained(tmp_path)
