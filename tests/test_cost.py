@@ -86,6 +86,7 @@ def test_the_mean_is_of_all_timed_calls(monkeypatch: pytest.MonkeyPatch) -> None
 # ---------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_a_fresh_process_is_measured_and_not_this_one(student: Path, graph: Path) -> None:
     """This one holds torch and 400 MiB more, of which `ru_maxrss` of a child would begin."""
     ballast = bytearray(b"x" * (400 << 20))

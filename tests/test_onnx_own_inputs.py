@@ -100,6 +100,7 @@ NETWORKS: dict[str, PreTrainedModel] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_methods_export_with_parity(name: str, tmp_path: Path) -> None:
     done = export_model(NETWORKS[name].eval(), None, tmp_path / "onnx")

@@ -31,6 +31,7 @@ def found(teacher: Path) -> Plan:
     return planning.plan(teacher, [3, 1], max_mb=1.0, max_ms=1e6, runs=2)
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_student_that_shrink_makes(found: Plan, tmp_path: Path) -> None:
     assert [row.layers for row in found.students] == [1, 3]
     for row in found.students:

@@ -140,6 +140,7 @@ def test_rates_are_tried_with_the_first_seed_alone_where_asked(recipe: Path, tmp
     assert "choice rows with the first seed is shown" in (tmp_path / "made" / "sweep.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_run_once_teaches_the_same(
     recipe: Path, swept: sweeping.Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
