@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -95,15 +95,16 @@ def _kind(tap: str) -> str:
     return tap.partition(":")[0]
 
 
-def in_turn(given: Iterable[Case], turn: int) -> list[Any]:
-    """Cases as parameters of a test: of each method one task, another for another turn; with the rest it is slow."""
-    found = []
-    for _, of_method in groupby(given, key=lambda case: case.method):
-        tasks = list(of_method)
-        for place, case in enumerate(tasks):
-            marks = [pytest.mark.slow] if place != turn % len(tasks) else []
-            found.append(pytest.param(case, id=str(case), marks=marks))
-    return found
+def one_of_each(given: Iterable[Case], turn: int) -> list[Case]:
+    """One task of each method, another for another turn."""
+    every = (list(of_method) for _, of_method in groupby(given, key=lambda case: case.method))
+    return [tasks[turn % len(tasks)] for tasks in every]
+
+
+def in_turn(given: Sequence[Case], turn: int) -> list[Any]:
+    """Cases as parameters of a test, which is slow with all but one task of each method."""
+    quick = one_of_each(given, turn)
+    return [pytest.param(case, id=str(case), marks=[] if case in quick else [pytest.mark.slow]) for case in given]
 
 
 def method_of(found: Outcome) -> str:

@@ -10,16 +10,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bench_parts import read, write
 from hf_compress_evaluation import bench
+from hf_compress_evaluation.bench import _language as language
 from hf_compress_evaluation.bench import _peers, _steps, chunked, limit, onnx, scale
 from hf_compress_evaluation.bench._machine import Machine
 from tiny import tiny_bert_classifier
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer
 
+from hf_compress import DistillCallback
 from hf_compress.errors import ConfigurationError, UnknownNameError
 
 
@@ -133,10 +137,12 @@ def test_a_peer_s_functions_run_in_its_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(_peers.FOLDER, str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "nowhere")
     assert _peers.run_in("safetensors", os.getenv, "PYTHONPATH") is None
-    alone = replace(TOY, peer="safetensors", parts=(), ratios=lambda _: {}, prepare=None)
-    monkeypatch.setattr(bench, "get", lambda name: alone)
-    row = bench.measure("toy", tmp_path / "bench.json", rounds=1)
-    assert row["versions"]["safetensors"] == version("safetensors")
+    toy = replace(TOY, peer="safetensors", parts=(), ratios=lambda _: {}, prepare=None)
+    for here in (False, True):
+        monkeypatch.setattr(bench, "get", lambda name, here=here: replace(toy, here=here))
+        row = bench.measure("toy", tmp_path / "bench.json", rounds=1)
+        assert row["versions"]["safetensors"] == version("safetensors")
+        assert row["beside"] == "safetensors"
     assert _peers.run_in("safetensors", sorted, [1, 2], reverse=True) == [2, 1]
     with pytest.raises(ConfigurationError, match=r"(?s)`ci/peers safetensors` mends it.*ZeroDivisionError"):
         _peers.run_in("safetensors", operator.truediv, 1, 0)
@@ -254,3 +260,54 @@ def test_the_front_page_has_what_has_a_bar_and_a_peer() -> None:
     lines = bench.beside({"one": row, "two": row | {"beside": None}}).splitlines()
     assert lines[2:] == ["| peer 1.2 | time | 0.25 | ≤ 0.6 | 0.35 | `python -m bench` |", "", "2026-01-01, a CPU."]
     assert bench.beside({"two": row | {"beside": None}}) == ""
+
+
+def test_what_is_of_language_models_is_compared_by_side_and_way() -> None:
+    figures = {
+        language.VALUES: {language.DIFFERENCE: 1e-7},
+        "ours, on the data": {"seconds": 1.0, "megabytes": 3.0},
+        "other, on the data": {"seconds": 4.0, "megabytes": 6.0},
+        "ours, micro-batches": {language.DIFFERENCE: 0.0},
+        "other, micro-batches": {language.DIFFERENCE: 3.0},
+    }
+    found = language.ratios(figures, "KL", {"other": (language.DATA,)})
+    assert found == {
+        "KL, relative difference": 1e-7,
+        "time, on the data, to other": 0.25,
+        "memory, on the data, to other": 0.5,
+        "gradient of 4 micro-batches against 1, ours": 0.0,
+        "gradient of 4 micro-batches against 1, other": 3.0,
+    }
+    assert language.bars("KL", "other").keys() <= found.keys()
+
+
+def test_values_differ_by_the_largest_part_of_the_others() -> None:
+    pairs = [(torch.tensor(2.0), torch.tensor(2.0)), (torch.tensor(3.0), torch.tensor(4.0))]
+    found = language.run(language.VALUES, Machine(), sides={}, values=lambda: iter(pairs))
+    assert found == {language.DIFFERENCE: 0.25}
+
+
+def test_micro_batches_are_told_from_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours are one; the mean of micro-batch means, over rows of unequal lengths, is not."""
+    monkeypatch.setattr(language, "VOCABULARY", 60)
+    monkeypatch.setattr(language, "models", lambda: tuple(chunked.model(16, layers, 60) for layers in (1, 2)))
+    sides = {
+        "ours": lambda teacher, way: {"callbacks": [DistillCallback(teacher, "kd", task_weight=0.0)]},
+        "means": lambda teacher, way: {"made": MeansTrainer},
+    }
+    part = f"{{}}, {language.PARTS}"
+    found = {
+        side: language.run(part.format(side), Machine(), sides=sides, values=lambda: iter(()))[language.DIFFERENCE]
+        for side in sides
+    }
+    assert found["ours"] < 1e-5
+    assert found["means"] > 0.01
+
+
+class MeansTrainer(Trainer):
+    """Whose loss is each micro-batch's own mean."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return model(**inputs).loss / self.args.gradient_accumulation_steps

@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import numpy as np
 import peft
 import pytest
-import together
 import torch
 from datasets import Dataset
+from hf_compress_evaluation.bench import _together
 from hf_compress_plugins.encoders.minilm import MiniLM
 from hf_compress_plugins.general.features import Features
 from hf_compress_plugins.general.kd import KD, kd
@@ -291,7 +291,7 @@ def _child(target: Path) -> None:
 
 def test_two_processes_give_the_gradients_weights_and_logs_of_one(tmp_path: Path) -> None:
     target = tmp_path / "found.pt"
-    together.run(__file__, target)
+    _together.run((__file__, target))
     found = torch.load(target, weights_only=True)
     for task, partly in TWO:
         one = _two_process_run(tmp_path / "one", task, 4, 1, True, partly)

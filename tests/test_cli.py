@@ -15,10 +15,10 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
-import together
 import transformers
 import yaml
 from hf_compress_evaluation import table
+from hf_compress_evaluation.bench import _together
 from hub.server import Hub, running_hub
 from huggingface_hub import HfApi, ModelCard, constants
 from recipes import ROWS, write_inputs
@@ -495,7 +495,7 @@ def test_two_processes_share_the_rows_of_a_cache(tmp_path: Path) -> None:
     texts = [f"the film was {'very ' * place}good" for place in range(24)]
     (tmp_path / "train.csv").write_text("\n".join(["text", *texts]))
     arguments = ("cache", tmp_path / "big", "--data", tmp_path / "train.csv", "--output", tmp_path / "cache", "--json")
-    together.run("-m", "hf_compress.cli", *arguments)
+    _together.run(("-m", "hf_compress.cli", *arguments))
     shards = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*.json") if path.name != "cache.json"]
     keys = [set(shard["examples"]) for shard in shards]
     assert list(map(len, keys)) == [12, 12]

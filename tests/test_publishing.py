@@ -16,9 +16,9 @@ from typing import Any
 
 import peft
 import pytest
-import together
 import torch
 from datasets import Dataset
+from hf_compress_evaluation.bench import _together
 from hub.server import KINDS, Fault, Hub, running_hub
 from huggingface_hub import HfApi, constants
 from recipes import write_rows, write_teacher
@@ -526,7 +526,7 @@ def test_settings_that_contradict_each_other_are_refused_at_once(
 
 @pytest.mark.slow
 def test_two_processes_write_one_folder(tmp_path: Path) -> None:
-    together.run(__file__, tmp_path)
+    _together.run((__file__, tmp_path))
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()  # both found the whole folder after train()
     assert {"compression.json", "model.safetensors", "onnx"} <= set((tmp_path / "0").read_text().split())
     assert not list(tmp_path.glob(".student*"))

@@ -11,7 +11,7 @@ PLAIN = scaling.Cluster(flops=1e15, used=0.5, within=1e11, between=1e11, hop=0.0
 
 
 def test_compute_is_six_and_two_operations_a_parameter_and_token() -> None:
-    plan = scaling.sharded("", 8, 8, PLAIN)
+    plan = scaling.plan("", 8, 8, runs=True, here=True, cluster=PLAIN)
     assert plan.student == pytest.approx(6 * 7e9 * 8192 / 5e14)
     assert plan.teacher == pytest.approx(2 * 70e9 * 8192 / 5e14)
     # logits twice and two gradients of the student's head, one product of the teacher's
@@ -35,7 +35,11 @@ def test_copies_sum_their_gradients_between_nodes() -> None:
     """A ring sends twice its part of 2 bytes a parameter; eight GPUs share what comes into a node."""
     more = scaling.training_traffic(16, 8, PLAIN) - scaling.training_traffic(8, 8, PLAIN)
     assert more == pytest.approx(2 * 2 * 7e9 / 8 * 8 / 1e11)
-    assert scaling.apart("", 16, PLAIN, served=False).gathering == scaling.training_traffic(16, 8, PLAIN)
+    alone = scaling.plan("", 16, 8, runs=False, here=False, cluster=PLAIN)
+    both = scaling.plan("", 16, 8, runs=True, here=True, cluster=PLAIN)
+    assert alone.gathering == scaling.training_traffic(16, 8, PLAIN)
+    assert both.gathering - alone.gathering == pytest.approx(scaling.gather(scaling.TEACHER, 8, 1, PLAIN))
+    assert both.memory - alone.memory == pytest.approx(140e9 / 8)
 
 
 def test_what_a_gpu_holds() -> None:
@@ -44,11 +48,9 @@ def test_what_a_gpu_holds() -> None:
     assert scaling.memory(4, None) - without == pytest.approx(16 * 7e9 / 8)
 
 
-def test_a_served_teacher_costs_what_it_costs_here() -> None:
-    """The same GPUs give the same tokens; without its forward there are more."""
-    cluster = scaling.Cluster()
-    by = {plan.name: plan.tokens for plan in scaling.plans(cluster)}
-    together = by["1,024 GPUs, both sharded within a node"]
-    assert by["1,024 GPUs, teacher served by some of them"] == pytest.approx(together)
-    assert by["1,024 GPUs, cached teacher"] > 4 * together
-    assert len(scaling.markdown(cluster).splitlines()) == 2 + len(by) + 3 + len(scaling.A_TOKEN)
+def test_a_teacher_that_is_not_run_leaves_the_student_and_its_head() -> None:
+    alone = scaling.plan("", 8, 8, runs=False, here=False, cluster=PLAIN)
+    assert alone.teacher == 0
+    assert alone.heads == pytest.approx(4 * 4096 * 2 * 128_256 * 8192 / 5e14)
+    assert alone.tokens == pytest.approx(8 * 8192 / (alone.student + alone.heads))
+    assert len(scaling.markdown().splitlines()) == 2 + len(scaling.plans()) + 3 + len(scaling.A_TOKEN)

@@ -72,7 +72,8 @@ class Plan:
     memory: float
     """Bytes."""
     tokens: float
-    """A second, of all GPUs, the teacher's own ones included, if nothing but compute counts."""
+    """A second, of all GPUs, the teacher's own ones included, if nothing but compute counts: it is as much work
+    wherever it is done."""
 
 
 def compute(operations: float, cluster: Cluster) -> float:
@@ -111,52 +112,43 @@ def memory(student_shards: int, teacher_shards: int | None) -> float:
     return own + theirs + logits
 
 
-def sharded(name: str, gpus: int, shards: int, cluster: Cluster) -> Plan:
-    """Student and teacher on the same GPUs, in groups of so many that share the weights."""
+def plan(name: str, gpus: int, shards: int, *, runs: bool, here: bool, cluster: Cluster) -> Plan:
+    """A step on GPUs in groups that share the weights.
+
+    Args:
+        name: for the table.
+        gpus: all of them, those that serve the teacher included.
+        shards: of a group.
+        runs: the teacher runs; otherwise its answers are read.
+        here: the teacher is on the GPUs that train, sharded like the student.
+        cluster: the GPUs.
+    """
     student = compute(6 * STUDENT.parameters * TOKENS, cluster)
-    teacher = compute(2 * TEACHER.parameters * TOKENS, cluster)
-    of_heads = heads(teacher=True, cluster=cluster)
-    moving = training_traffic(gpus, shards, cluster) + gather(TEACHER, shards, 1, cluster)
+    teacher = compute(2 * TEACHER.parameters * TOKENS, cluster) if runs else 0.0
+    of_heads = heads(teacher=runs, cluster=cluster)
+    moving = training_traffic(gpus, shards, cluster) + (gather(TEACHER, shards, 1, cluster) if here else 0.0)
     return Plan(
         name=name,
         student=student,
         teacher=teacher,
         heads=of_heads,
         gathering=moving,
-        memory=memory(shards, shards),
+        memory=memory(shards, shards if here else None),
         tokens=gpus * TOKENS / (student + teacher + of_heads),
     )
 
 
-def apart(name: str, gpus: int, cluster: Cluster, *, served: bool) -> Plan:
-    """The teacher served by as many of the GPUs as keep pace, which send its last hidden states; or not run at all."""
-    student = compute(6 * STUDENT.parameters * TOKENS, cluster)
-    teacher = compute(2 * TEACHER.parameters * TOKENS, cluster) if served else 0.0
-    of_heads = heads(teacher=served, cluster=cluster)
-    training = gpus * (student + of_heads) / (student + of_heads + teacher)
-    shards = min(cluster.node, gpus)
-    moving = training_traffic(gpus, shards, cluster)
-    return Plan(
-        name=name,
-        student=student,
-        teacher=teacher,
-        heads=of_heads,
-        gathering=moving,
-        memory=memory(shards, None),
-        tokens=training * TOKENS / (student + of_heads),
-    )
-
-
 def plans(cluster: Cluster | None = None) -> list[Plan]:
-    """Of 8 and of 1,024 GPUs."""
+    """Of 8 and of 1,024 GPUs. A served teacher has as many of them as keep pace, and sends its last hidden states."""
     cluster = cluster or Cluster()
+    node = cluster.node
     return [
-        sharded("8 GPUs, both sharded over all", 8, 8, cluster),
-        apart("8 GPUs, cached teacher", 8, cluster, served=False),
-        sharded("1,024 GPUs, both sharded over all", 1024, 1024, cluster),
-        sharded("1,024 GPUs, both sharded within a node", 1024, cluster.node, cluster),
-        apart("1,024 GPUs, teacher served by some of them", 1024, cluster, served=True),
-        apart("1,024 GPUs, cached teacher", 1024, cluster, served=False),
+        plan("8 GPUs, both sharded over all", 8, 8, runs=True, here=True, cluster=cluster),
+        plan("8 GPUs, cached teacher", 8, 8, runs=False, here=False, cluster=cluster),
+        plan("1,024 GPUs, both sharded over all", 1024, 1024, runs=True, here=True, cluster=cluster),
+        plan("1,024 GPUs, both sharded within a node", 1024, node, runs=True, here=True, cluster=cluster),
+        plan("1,024 GPUs, teacher served by some of them", 1024, node, runs=True, here=False, cluster=cluster),
+        plan("1,024 GPUs, cached teacher", 1024, node, runs=False, here=False, cluster=cluster),
     ]
 
 

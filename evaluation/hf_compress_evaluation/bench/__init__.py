@@ -49,8 +49,8 @@ class Bench:
     """Writes into a folder, once before the first round, what the parts read."""
     peer: str | None = None
     """The package that it compares with, in whose environment (`ci/peers`) all parts run; None: in this one."""
-    beside: str | None = None
-    """The package that it compares with, where all parts run here."""
+    here: bool = False
+    """They run in this one although there is a peer."""
     seeded: bool = False
     """`run` also gets `seed`, the number of the round; figures are means over seeds, and each seed's are kept."""
     once: tuple[str, ...] = ()
@@ -108,8 +108,11 @@ def measure(
     if on.name and not bench.gpu:
         raise ConfigurationError(f"the bench {name} is for a CPU and float32: leave --device and --precision out.")
     say, key = progress or _nothing, ", ".join(filter(None, (name, on.name)))
-    theirs = {} if bench.peer is None else _alone(bench.peer, _peers.versions_of, bench.peer)
-    about = {"setting": bench.setting, "threads": on.threads, "machine": hardware(), "versions": versions() | theirs}
+    where = None if bench.here else bench.peer
+    used = versions()
+    if bench.peer is not None:
+        used |= _peers.versions_of(bench.peer, [bench.peer, *(() if bench.here else ("torch", "transformers"))])
+    about = {"setting": bench.setting, "threads": on.threads, "machine": hardware(), "versions": used}
     partial = output.with_name(f"{output.stem}-{key.replace(', ', '-')}.partial.json")
     found = _kept(partial, about)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,7 @@ def measure(
         given: tuple[Path, ...] = ()
         if bench.prepare is not None:
             say(f"{name}: prepare")
-            _alone(bench.peer, bench.prepare, Path(folder))
+            _alone(where, bench.prepare, Path(folder))
             given = (Path(folder),)
         for number in range(rounds):
             if number == len(found):
@@ -131,7 +134,7 @@ def measure(
                     continue
                 say(f"{name}: round {number + 1} of {rounds}, {part}")
                 named = {"seed": number} if bench.seeded else {}
-                figures[part] = _alone(bench.peer, bench.run, part, on, *given, **named)
+                figures[part] = _alone(where, bench.run, part, on, *given, **named)
                 files.write_text(partial, json.dumps({"about": about, "rounds": found}) + "\n")
     found = found[:rounds]
     ratios = [bench.ratios(figures) for figures in found]
@@ -144,7 +147,7 @@ def measure(
         "spread": {key: [min(r[key] for r in ratios), max(r[key] for r in ratios)] for key in ratios[0]},
         "bars": {key: {"at_most": most, "aim": aim} for key, (most, aim) in bench.bars.items()},
         "rounds": rounds,
-        "beside": bench.peer or bench.beside,
+        "beside": bench.peer,
         "device": on.device,
         "precision": on.precision,
         "command": f"python -m hf_compress_evaluation.bench {name}{asked}{on.options}",
@@ -211,7 +214,7 @@ def beside(rows: Mapping[str, Mapping[str, Any]]) -> str:
         if not row.get("beside"):
             continue
         about.add(f"{row['date']}, {row['machine']}")
-        other = f"{row['beside']} {row['versions'].get(row['beside'], '')}".strip()
+        other = f"{row['beside']} {row['versions'][row['beside']]}"
         for key, bar in row["bars"].items():
             figure = f"{row['ratios'][key]:.3g}"
             lines.append(f"| {other} | {key} | {figure} | ≤ {bar['at_most']:g} | {bar['aim']:g} | `{row['command']}` |")

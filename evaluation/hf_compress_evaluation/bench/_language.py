@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,19 @@ from transformers import PreTrainedTokenizerFast
 from hf_compress.objective import IGNORED
 
 from . import Figures
-from ._steps import texts
+from ._gradients import after_accumulation
+from ._machine import Machine
+from ._steps import texts, train
 from .chunked import LENGTH, ROWS, STEPS, VOCABULARY, model
-
-__all__ = ["LENGTH", "PROMPT", "ROWS", "STEPS", "VOCABULARY", "beside", "models", "prompts", "read", "tokenizer"]
 
 PROMPT, ANSWER = 64, 32
 """Tokens of what the student answers, and of its answers."""
+VALUES, DATA, PARTS = "values", "on the data", "micro-batches"
+"""The first is a part; the others are ways in which a side goes, a part each: "ours, on the data"."""
+OURS = "ours"
+Side = Callable[[Any, str], Mapping[str, Any]]
+"""From a teacher and a way to what `train` gets."""
+DIFFERENCE = "relative difference"
 
 
 def models() -> tuple[Any, Any]:
@@ -57,18 +63,60 @@ def read(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
-def beside(figures: Mapping[str, Figures], peers: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
-    """Time and memory of ours to a peer's.
+def run(
+    part: str,
+    on: Machine,
+    *,
+    sides: Mapping[str, Side],
+    values: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    rows: Callable[[str], list[dict[str, Any]]] | None = None,
+    collator: Callable[[Any], Any] | None = None,
+) -> Figures:
+    """Seconds and megabytes of steps, the largest difference of values, or that of gradients.
 
     Args:
-        figures: of parts "ours, WAY" and "PEER, WAY".
-        peers: the ways of each peer.
+        part: `VALUES`, or a side and its way.
+        on: what it runs on.
+        sides: by name.
+        values: pairs of one divergence, ours and the other's.
+        rows: of a way; None: rows all of whose tokens are scored.
+        collator: of steps; None: that of `train`.
     """
-    found = {}
+    if part == VALUES:
+        torch.manual_seed(0)
+        return {DIFFERENCE: max(float((own - theirs).abs() / theirs) for own, theirs in values())}
+    side, way = part.split(", ")
+    student, teacher = models()
+    settings = sides[side](teacher, way)
+    if way == PARTS:
+        return {DIFFERENCE: after_accumulation(student, settings, vocabulary=VOCABULARY, on=on)}
+    given = texts(ROWS, LENGTH, VOCABULARY) if rows is None else rows(way)
+    return train(student, given, steps=STEPS, batch=ROWS, on=on, collator=collator, **settings)
+
+
+def ratios(figures: Mapping[str, Figures], what: str, peers: Mapping[str, tuple[str, ...]]) -> Figures:
+    """The difference of values, time and memory of ours to a peer's in each of its ways, and gradients of both sides.
+
+    Args:
+        figures: of the parts.
+        what: the divergence.
+        peers: the ways of each peer; the first one's gradients are looked at.
+    """
+    found = {f"{what}, {DIFFERENCE}": figures[VALUES][DIFFERENCE]}
     for peer, ways in peers.items():
         for way in ways:
-            mine, other = figures[f"ours, {way}"], figures[f"{peer}, {way}"]
-            of = f"{way}, to {peer}"
-            found[f"time, {of}"] = mine["seconds"] / other["seconds"]
-            found[f"memory, {of}"] = mine["megabytes"] / other["megabytes"]
+            mine, other = figures[f"{OURS}, {way}"], figures[f"{peer}, {way}"]
+            found[f"time, {way}, to {peer}"] = mine["seconds"] / other["seconds"]
+            found[f"memory, {way}, to {peer}"] = mine["megabytes"] / other["megabytes"]
+    for side in (OURS, next(iter(peers))):
+        found[f"gradient of 4 micro-batches against 1, {side}"] = figures[f"{side}, {PARTS}"][DIFFERENCE]
     return found
+
+
+def bars(what: str, peer: str) -> dict[str, tuple[float, float]]:
+    """Of those ratios, on the data."""
+    return {
+        f"{what}, {DIFFERENCE}": (1e-6, 1e-6),
+        f"time, {DATA}, to {peer}": (0.6, 0.35),
+        f"memory, {DATA}, to {peer}": (0.35, 0.20),
+    }

@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,11 @@ def run_in(peer: str, function: Callable[..., Any], *given: Any, **named: Any) -
         return pickle.loads(result.read_bytes())
 
 
-def versions_of(peer: str) -> dict[str, str]:
-    """Of the package and of what both sides stand on; to be run in its environment."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in (peer, "torch", "transformers")}
+def versions_of(peer: str, names: Sequence[str]) -> dict[str, str]:
+    """Of packages in the peer's environment."""
+    code = f"from importlib.metadata import version; print(*map(version, {[*names]!r}))"
+    done = subprocess.run([python_of(peer), "-c", code], capture_output=True, text=True, env=plain(), check=True)
+    return dict(zip(names, done.stdout.split(), strict=True))
 
 
 if __name__ == "__main__":

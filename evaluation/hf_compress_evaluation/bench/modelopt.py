@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from hf_compress_plugins.general.kd import KD, kd
+from torch import Tensor
 from transformers import Trainer
 
 from hf_compress import DistillCallback
 
 from . import Bench, Figures
-from ._gradients import after_accumulation
-from ._language import LENGTH, ROWS, STEPS, VOCABULARY, beside, models
+from . import _language as language
+from ._language import DATA, OURS, PARTS, VALUES
 from ._machine import Machine
-from ._steps import texts, train
+from .chunked import LENGTH, ROWS, VOCABULARY
 
 TEMPERATURES = (1.0, 2.0, 4.0)
-DATA, PARTS = "on the data", "micro-batches"
-"""Ways in which a part goes."""
 PEER = "KDTrainer"
 
 
@@ -40,42 +39,25 @@ def theirs(teacher: Any) -> dict[str, Any]:
 
 
 def run(part: str, on: Machine) -> Figures:
-    """Seconds and megabytes of steps, values of the divergence, or gradients."""
-    if part == "values":
-        return values()
-    side, way = part.split(", ")
-    student, teacher = models()
-    settings = (ours if side == "ours" else theirs)(teacher)
-    if way == DATA:
-        return train(student, texts(ROWS, LENGTH, VOCABULARY), steps=STEPS, batch=ROWS, on=on, **settings)
-    return {"relative difference": after_accumulation(student, settings, vocabulary=VOCABULARY, on=on)}
+    """See `_language.run`."""
+    sides = {OURS: lambda teacher, _: ours(teacher), PEER: lambda teacher, _: theirs(teacher)}
+    return language.run(part, on, sides=sides, values=values)
 
 
-def values() -> Figures:
-    """The largest relative difference of the mean divergence, over T, and over logits mild and sharp."""
+def values() -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean divergences over T, and over logits mild and sharp."""
     from modelopt.torch.distill.losses import LogitsDistillationLoss
 
-    torch.manual_seed(0)
-    found = []
     for scale in (1.0, 5.0):
         logits = scale * torch.randn(2, 128, VOCABULARY)
         for temperature in TEMPERATURES:
-            peer = LogitsDistillationLoss(temperature=temperature, reduction="none")(*logits).mean()
-            own = kd(*logits, temperature=temperature).mean()
-            found.append(float((own - peer).abs() / peer))
-    return {"relative difference": max(found)}
+            theirs = LogitsDistillationLoss(temperature=temperature, reduction="none")(*logits).mean()
+            yield kd(*logits, temperature=temperature).mean(), theirs
 
 
 def ratios(figures: Mapping[str, Figures]) -> Figures:
     """Of ours to ModelOpt's, and what both compute."""
-    return {
-        "KL, relative difference": figures["values"]["relative difference"],
-        **beside(figures, {PEER: (DATA,)}),
-        **{
-            f"gradient of 4 micro-batches against 1, {side}": figures[f"{side}, {PARTS}"]["relative difference"]
-            for side in ("ours", PEER)
-        },
-    }
+    return language.ratios(figures, "KL", {PEER: (DATA,)})
 
 
 BENCH = Bench(
@@ -83,15 +65,11 @@ BENCH = Bench(
     f"(float32, without Liger's kernels, which are for GPUs), {ROWS * (LENGTH - 1):,} scored positions. The difference "
     f"of values is the largest over T of {', '.join(map(str, TEMPERATURES))}; gradients are of 4 rows of unequal "
     "lengths.",
-    parts=("values", *(f"{side}, {way}" for way in (DATA, PARTS) for side in ("ours", PEER))),
-    once=("values", *(f"{side}, {PARTS}" for side in ("ours", PEER))),
+    parts=(VALUES, *(f"{side}, {way}" for way in (DATA, PARTS) for side in (OURS, PEER))),
+    once=(VALUES, *(f"{side}, {PARTS}" for side in (OURS, PEER))),
     peer="nvidia-modelopt",
     run=run,
     gpu=True,
     ratios=ratios,
-    bars={
-        "KL, relative difference": (1e-6, 1e-6),
-        f"time, {DATA}, to {PEER}": (0.6, 0.35),
-        f"memory, {DATA}, to {PEER}": (0.35, 0.20),
-    },
+    bars=language.bars("KL", PEER),
 )

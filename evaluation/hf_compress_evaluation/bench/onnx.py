@@ -156,7 +156,8 @@ BENCH = Bench(
     prepare=prepare,
     run=run,
     threads=1,
-    beside=PEER,
+    peer=PEER,
+    here=True,
     ratios=ratios,
     bars={f"{part}, bytes": (1.0, 1.0) for part in VARIANTS}
     | {f"{part}, accuracy, Optimum's - ours": (0.005, 0.0) for part in VARIANTS}

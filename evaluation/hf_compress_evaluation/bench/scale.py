@@ -1,13 +1,8 @@
-"""How time and memory of a step grow with batch, length, vocabulary and number of objectives; two processes for one."""
+"""How time and memory of a step grow with batch, length, vocabulary and number of objectives."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from statistics import linear_regression
 
@@ -30,8 +25,6 @@ METHODS = ("kd", "gkd", "taid")
 """As many of them as there are objectives: each compares the distributions at all positions."""
 WAYS: tuple[Memory, ...] = ("dense", "chunked")
 STEPS, WARM = 5, 2
-TOGETHER = {1: "one process", 2: "two processes"}
-"""Of one thread each, on the same rows a step."""
 
 
 def grid() -> list[dict[str, int]]:
@@ -49,8 +42,6 @@ def named(way: str, sizes: Mapping[str, int]) -> str:
 
 def run(part: str, on: Machine) -> Figures:
     """Seconds and megabytes of a step."""
-    if part in TOGETHER.values():
-        return together(next(count for count, name in TOGETHER.items() if name == part))
     way, told = part.split(", ")
     sizes = dict(zip(AXES, map(int, told.split(" x ")), strict=True))
     return steps(sizes, "chunked" if way == "chunked" else "dense", on)
@@ -67,25 +58,6 @@ def steps(sizes: Mapping[str, int], memory: Memory, on: Machine) -> dict[str, fl
     return train(student, rows, steps=STEPS, batch=batch, on=on, warm=WARM, callbacks=[callback])
 
 
-def together(processes: int) -> dict[str, float]:
-    """The base's step in so many processes that share its rows: seconds and megabytes of the first of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    share = json.dumps({**BASE, "batch": BASE["batch"] // processes})
-    command = [sys.executable, "-m", __name__, share]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-    running = []
-    for rank in range(processes):
-        place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        running.append(subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE))
-    told = [one.communicate()[0] for one in running]
-    if any(one.returncode for one in running):
-        raise ChildProcessError(f"of {processes} processes one failed, see above")
-    found: dict[str, float] = json.loads(told[0].decode().splitlines()[-1])
-    return found
-
-
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
     """b of value ∝ size^b, by least squares of the logarithms."""
     slope, _ = linear_regression(list(map(math.log, sizes)), list(map(math.log, values)))
@@ -93,7 +65,7 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 
 
 def ratios(figures: Mapping[str, Figures]) -> Figures:
-    """Exponents of growth along each axis, chunked to whole logits, and what a second process brings."""
+    """Exponents of growth along each axis, and chunked to whole logits."""
     found = dict[str, float]()
     for axis, sizes in AXES.items():
         for unit in ("seconds", "megabytes"):
@@ -104,22 +76,17 @@ def ratios(figures: Mapping[str, Figures]) -> Figures:
         dense, chunked = (figures[named(way, {**BASE, "vocabulary": size})] for way in WAYS)
         found[f"chunked / dense, time, vocabulary {size:,}"] = chunked["seconds"] / dense["seconds"]
         found[f"chunked / dense, memory, vocabulary {size:,}"] = chunked["megabytes"] / dense["megabytes"]
-    one, two = (figures[name] for name in TOGETHER.values())
-    return found | {"two processes / one, time": two["seconds"] / one["seconds"]}
+    return found
 
 
 BENCH = Bench(
     setting="Llama of 1 layer of width 64 taught by one of 2 of width 128; unless said otherwise "
     f"{BASE['batch']} rows of {BASE['length']} scored positions, vocabulary {BASE['vocabulary']:,}, kd; objectives: "
-    f"the first of {', '.join(METHODS)}. An exponent b says that the figure grows as size^b. Two processes of one "
-    "thread each share a step's rows with one process of one thread.",
-    parts=(*(named(way, sizes) for sizes in grid() for way in WAYS), *TOGETHER.values()),
+    f"the first of {', '.join(METHODS)}. An exponent b says that the figure grows as size^b.",
+    parts=tuple(named(way, sizes) for sizes in grid() for way in WAYS),
     run=run,
     gpu=True,
     threads=1,
     ratios=ratios,
     bars={},
 )
-
-if __name__ == "__main__":
-    print(json.dumps(steps(json.loads(sys.argv[1]), "chunked", Machine())))

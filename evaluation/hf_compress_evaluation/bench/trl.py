@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
 from hf_compress_plugins.general.gkd import GKD, gkd
+from torch import Tensor
 from transformers import Trainer
 
 from hf_compress import DistillCallback
 
 from . import Bench, Figures
-from ._gradients import after_accumulation
-from ._language import ANSWER, LENGTH, PROMPT, ROWS, STEPS, VOCABULARY, beside, models, prompts, read, tokenizer
+from . import _language as language
+from ._language import ANSWER, DATA, OURS, PARTS, PROMPT, VALUES
 from ._machine import Machine
-from ._steps import texts, train
+from ._steps import texts
+from .chunked import LENGTH, ROWS, VOCABULARY
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
-DATA, OWN, PARTS = "on the data", "on the student's answers", "micro-batches"
-"""Ways in which a part goes."""
+OWN = "on the student's answers"
+"""A way beside those of `_language`."""
 GKDS, STABLE = "GKDTrainer", "DistillationTrainer"
 PEERS = {GKDS: (DATA, OWN), STABLE: (OWN,)}
 """The second one has no other way."""
-SAME: Mapping[str, Any] = {"beta": 0.5, "temperature": 1.0, "bf16": False, "gradient_checkpointing": False}
-"""Of both, float32 and without recomputation, which is their fastest on a CPU."""
+SAME: Mapping[str, Any] = {"beta": 0.5, "temperature": 1.0, "gradient_checkpointing": False}
+"""Of both; without recomputation they are fastest."""
 
 
 def ours(teacher: Any, way: str) -> dict[str, Any]:
@@ -40,7 +42,9 @@ def gkd_trainer(teacher: Any, way: str) -> dict[str, Any]:
 
     def made(*, train_dataset: list[Any], **given: Any) -> Trainer:
         rows = Dataset.from_list(train_dataset)
-        found: Trainer = GKDTrainer(teacher_model=teacher, processing_class=tokenizer(), train_dataset=rows, **given)
+        found: Trainer = GKDTrainer(
+            teacher_model=teacher, processing_class=language.tokenizer(), train_dataset=rows, **given
+        )
         return found
 
     return {"made": made, "arguments": GKDConfig, **SAME, "lmbda": float(way == OWN), "max_new_tokens": ANSWER}
@@ -55,7 +59,7 @@ def distillation_trainer(teacher: Any, way: str) -> dict[str, Any]:
         texts = [" ".join(map(str, row["input_ids"][:PROMPT])) for row in train_dataset]
         rows = Dataset.from_dict({"prompt": texts})
         found: Trainer = DistillationTrainer(
-            teacher_model=teacher, processing_class=tokenizer(), train_dataset=rows, **given
+            teacher_model=teacher, processing_class=language.tokenizer(), train_dataset=rows, **given
         )
         return found
 
@@ -63,47 +67,33 @@ def distillation_trainer(teacher: Any, way: str) -> dict[str, Any]:
     return {"made": made, "arguments": DistillationConfig, **SAME, "max_completion_length": ANSWER}
 
 
-SIDES = {"ours": ours, GKDS: gkd_trainer, STABLE: distillation_trainer}
+SIDES: Mapping[str, language.Side] = {OURS: ours, GKDS: gkd_trainer, STABLE: distillation_trainer}
 
 
 def run(part: str, on: Machine) -> Figures:
-    """Seconds and megabytes of steps, values of the divergence, or gradients."""
-    if part == "values":
-        return values()
-    side, way = part.split(", ")
-    student, teacher = models()
-    settings = SIDES[side](teacher, way)
-    if way != PARTS:
-        rows = prompts() if way == OWN else texts(ROWS, LENGTH, VOCABULARY)
-        return train(student, rows, steps=STEPS, batch=ROWS, on=on, collator=read, **settings)
-    return {"relative difference": after_accumulation(student, settings, vocabulary=VOCABULARY, on=on)}
+    """See `_language.run`."""
+    return language.run(part, on, sides=SIDES, values=values, rows=rows, collator=language.read)
 
 
-def values() -> Figures:
-    """The largest relative difference of the mean divergence, over β, and over logits mild and sharp."""
+def rows(way: str) -> list[dict[str, Any]]:
+    """Of a way."""
+    return language.prompts() if way == OWN else texts(ROWS, LENGTH, VOCABULARY)
+
+
+def values() -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean divergences over β, and over logits mild and sharp."""
     from trl.experimental.gkd import GKDTrainer
 
-    torch.manual_seed(0)
-    found = []
     for scale in (1.0, 5.0):
         logits = scale * torch.randn(2, 2, 64, VOCABULARY)
         for beta in BETAS:
-            peer = GKDTrainer.generalized_jsd_loss(*logits, labels=torch.zeros(2, 64, dtype=torch.long), beta=beta)
-            own = gkd(*(side.flatten(0, 1) for side in logits), beta=beta).mean()
-            found.append(float((own - peer).abs() / peer))
-    return {"relative difference": max(found)}
+            theirs = GKDTrainer.generalized_jsd_loss(*logits, labels=torch.zeros(2, 64, dtype=torch.long), beta=beta)
+            yield gkd(*(side.flatten(0, 1) for side in logits), beta=beta).mean(), theirs
 
 
 def ratios(figures: Mapping[str, Figures]) -> Figures:
     """Of ours to TRL's, and what both compute."""
-    return {
-        "JSD, relative difference": figures["values"]["relative difference"],
-        **beside(figures, PEERS),
-        **{
-            f"gradient of 4 micro-batches against 1, {side}": figures[f"{side}, {PARTS}"]["relative difference"]
-            for side in ("ours", GKDS)
-        },
-    }
+    return language.ratios(figures, "JSD", PEERS)
 
 
 BENCH = Bench(
@@ -112,19 +102,15 @@ BENCH = Bench(
     f"answers {ROWS} prompts of {PROMPT} tokens with {ANSWER} sampled at temperature 1. The difference of values is "
     f"the largest over β of {', '.join(map(str, BETAS))}; gradients are of 4 rows of unequal lengths.",
     parts=(
-        "values",
-        *(f"{side}, {DATA}" for side in ("ours", GKDS)),
+        VALUES,
+        *(f"{side}, {DATA}" for side in (OURS, GKDS)),
         *(f"{side}, {OWN}" for side in SIDES),
-        *(f"{side}, {PARTS}" for side in ("ours", GKDS)),
+        *(f"{side}, {PARTS}" for side in (OURS, GKDS)),
     ),
-    once=("values", *(f"{side}, {PARTS}" for side in ("ours", GKDS))),
+    once=(VALUES, *(f"{side}, {PARTS}" for side in (OURS, GKDS))),
     peer="trl",
     run=run,
     gpu=True,
     ratios=ratios,
-    bars={
-        "JSD, relative difference": (1e-6, 1e-6),
-        f"time, {DATA}, to {GKDS}": (0.6, 0.35),
-        f"memory, {DATA}, to {GKDS}": (0.35, 0.20),
-    },
+    bars=language.bars("JSD", GKDS),
 )
