@@ -267,7 +267,6 @@ def test_an_epoch_that_nobody_sets_is_an_error() -> None:
         Augmented(mixture(), noisy)
 
 
-@pytest.mark.slow
 def test_a_spawned_worker_reads_the_epoch_that_is_set_later() -> None:
     data = augmented(2)
     loader = DataLoader(

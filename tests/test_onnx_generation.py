@@ -285,7 +285,6 @@ def test_whisper_generates_torchs_tokens(tmp_path: Path) -> None:
         same_tokens(ours, model, spectra, **WAYS[way])
 
 
-@pytest.mark.slow
 def test_a_corrupted_decoder_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity is checked with the cache: here the past alone is wrong."""
     real = graphs.save

@@ -297,7 +297,6 @@ def test_other_weights_in_the_teachers_folder_run_everything_again(
     assert run(recipe).ran == STAGES
 
 
-@pytest.mark.slow
 def test_a_setting_that_goes_back_does_not_find_the_old_stages_done(
     again: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +340,6 @@ def test_a_stage_that_fails_keeps_what_was_made_and_the_next_run_goes_on_there(
     assert (output / "student" / "model.safetensors").read_bytes() == student["model.safetensors"]
 
 
-@pytest.mark.slow
 def test_int8_that_misses_its_gate_is_left_out_and_said(
     again: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
