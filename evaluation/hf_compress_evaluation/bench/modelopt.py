@@ -62,7 +62,7 @@ def ratios(figures: Mapping[str, Figures]) -> Figures:
 
 BENCH = Bench(
     setting=f"KL at T = 2 of the bench `chunked`'s models, vocabulary {VOCABULARY:,}: ours / ModelOpt's KDTrainer "
-    f"(float32, without Liger's kernels, which are for GPUs), {ROWS * (LENGTH - 1):,} scored positions. The difference "
+    f"(without Liger's kernels, which are for GPUs), {ROWS * (LENGTH - 1):,} scored positions. The difference "
     f"of values is the largest over T of {', '.join(map(str, TEMPERATURES))}; gradients are of 4 rows of unequal "
     "lengths.",
     parts=(VALUES, *(f"{side}, {way}" for way in (DATA, PARTS) for side in (OURS, PEER))),

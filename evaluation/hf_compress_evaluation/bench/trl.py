@@ -98,7 +98,7 @@ def ratios(figures: Mapping[str, Figures]) -> Figures:
 
 BENCH = Bench(
     setting=f"Generalised JSD, β = 0.5, of the bench `chunked`'s models, vocabulary {VOCABULARY:,}: ours / TRL's "
-    f"trainers (float32, no recomputation). On the data {ROWS * (LENGTH - 1):,} scored positions; on the student's "
+    f"trainers (no recomputation). On the data {ROWS * (LENGTH - 1):,} scored positions; on the student's "
     f"answers {ROWS} prompts of {PROMPT} tokens with {ANSWER} sampled at temperature 1. The difference of values is "
     f"the largest over β of {', '.join(map(str, BETAS))}; gradients are of 4 rows of unequal lengths.",
     parts=(
