@@ -5,8 +5,6 @@ A process that needs no torch does not load it.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hf_compress.errors import ConfigurationError
+from hf_compress_evaluation.serving_process import resident
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -88,25 +87,15 @@ class Machine:
         found[0] = torch.cuda.max_memory_allocated() - before
 
 
-def _bytes() -> int:
-    """Of this process in memory (Linux); 0 where the system does not tell."""
-    told = Path("/proc/self/statm")
-    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else 0
-
-
 @contextmanager
 def _resident() -> Iterator[list[int]]:
-    """Looked at every millisecond."""
-    found, done, before = [0], threading.Event(), _bytes()
-
-    def look() -> None:
-        while not done.wait(0.001):
-            found[0] = max(found[0], _bytes() - before)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
+    """By Linux's high-water mark, which begins anew here; a mark that cannot be reset tells nothing, and is 0."""
+    found = [0]
     try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
         yield found
-    finally:
-        done.set()
-        watcher.join()
+        return
+    before = resident() or 0
+    yield found
+    found[0] = (resident() or 0) - before
