@@ -186,9 +186,8 @@ def test_time_and_memory_of_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the most memory of a process")
 def test_memory_that_was_given_back_at_once_is_seen() -> None:
     for size in (64 << 20, 16 << 20):  # the second begins anew
-        with Machine().highest() as memory:
-            with mmap.mmap(-1, size) as kept:  # malloc would hand out what the first gave back
-                kept[::4096] = b"x" * (size // 4096)
+        with Machine().highest() as memory, mmap.mmap(-1, size) as kept:  # malloc would hand out the first's again
+            kept[::4096] = b"x" * (size // 4096)
         assert memory[0] == pytest.approx(size, abs=4 << 20)
 
 

