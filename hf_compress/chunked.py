@@ -175,7 +175,8 @@ def loss_on_logits(
                 if name not in share.objective.logged:
                     total = total + share.weight * summed
         if labels is not None:
-            entropy = F.cross_entropy(logits.to(total.dtype), labels, reduction="sum")
+            with torch.set_grad_enabled(task_weight != 0 and torch.is_grad_enabled()):  # else it is for the logs alone
+                entropy = F.cross_entropy(logits.to(total.dtype), labels, reduction="sum")
             tasks.append(entropy.detach())
             total = total + task_weight * entropy
         return total

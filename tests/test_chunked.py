@@ -249,6 +249,24 @@ def test_a_term_that_is_logged_alone_is_no_part_of_the_loss(taken: list[int], tm
         torch.testing.assert_close(gradient, plain[parameter], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("method", "differentiated"), [("kd", True), ("gkd", False)])
+def test_a_task_without_weight_is_logged_and_not_differentiated(
+    method: str, differentiated: bool, taken: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[bool] = []
+    cross_entropy = nn.functional.cross_entropy
+
+    def seen(*args: Any, **settings: Any) -> Tensor:
+        value: Tensor = cross_entropy(*args, **settings)
+        if settings.get("reduction") == "sum" and len(args[0]) == 5:
+            found.append(value.requires_grad)
+        return value
+
+    monkeypatch.setattr(chunked.F, "cross_entropy", seen)
+    compared(tmp_path, "llama", taken, method=method)
+    assert set(found) == {differentiated}
+
+
 class TwoLearned(toys.Toy):
     """Two learned parts, to which autograd hands one gradient tensor."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hf_compress.divergences import (
     log_mixture,
     log_probabilities,
     skew_kl,
+    softened_kl,
     tvd,
 )
 from hf_compress.errors import ConfigurationError, MismatchError
@@ -26,6 +28,7 @@ from hf_compress.errors import ConfigurationError, MismatchError
 Divergence = Callable[[Tensor, Tensor], Tensor]
 DIVERGENCES: dict[str, Divergence] = {
     "kl": kl,
+    "softened_kl": lambda p, q: softened_kl("test", q, p, temperature=1.0),
     "reverse_kl": lambda p, q: kl(q, p),
     "jsd_0": lambda p, q: jsd(p, q, 0),
     "jsd_0.1": lambda p, q: jsd(p, q, 0.1),
@@ -60,6 +63,7 @@ def ln(x: float) -> float:
 
 BY_HAND = {
     "kl": 0.25 * ln(2),  # ½ ln 2 - ¼ ln 2
+    "softened_kl": 0.25 * ln(2),
     "reverse_kl": 0.25 * ln(2),
     "jsd_0": 0.25 * ln(2),
     "jsd_1": 0.25 * ln(2),
@@ -184,7 +188,7 @@ def test_a_class_that_both_exclude_is_as_if_it_were_not_there(name: str) -> None
     assert not student.grad[:, 0].any()
 
 
-@pytest.mark.parametrize("name", ["kl", "jsd_0", *MIXED])
+@pytest.mark.parametrize("name", ["kl", "softened_kl", "jsd_0", *MIXED])
 def test_a_class_that_the_teacher_alone_excludes_is_finite(name: str) -> None:
     student, teacher = logits(3, 5, 0).requires_grad_(), logits(3, 5, 1)
     teacher[:, 0] = -math.inf
@@ -233,6 +237,46 @@ def test_cross_entropy_leaves_out_what_the_student_excludes() -> None:
     assert found.item() == pytest.approx(0.75 * ln(2))
     assert student.grad is not None
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_closed_gradient_is_that_of_the_operations(dtype: torch.dtype, temperature: float) -> None:
+    teacher, found = logits(4, 7, 1).to(dtype), []
+    teacher[0, 0] = -math.inf
+    kept = teacher.clone()
+    upstream = torch.tensor([1.0, -2.0, 0.0, 0.5])
+    for way in ("closed", "by operations"):
+        student = logits(4, 7, 0).to(dtype)
+        student[:2, 0] = -math.inf
+        student.requires_grad_()
+        if way == "closed":
+            losses = softened_kl("test", student, teacher, temperature=temperature)
+        else:
+            losses = temperature**2 * kl(*log_probabilities("test", student, teacher, temperature))
+        losses[[0, 2, 3]].backward(upstream[[0, 2, 3]].to(losses.dtype))  # row 1 is infinite
+        found.append((losses.detach(), student.grad))
+    assert torch.isposinf(found[0][0][1])
+    assert found[0][1] is not None
+    assert found[0][1].dtype == dtype
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(teacher, kept, rtol=0, atol=0)
+
+
+def test_the_closed_gradient_can_be_differentiated_again() -> None:
+    teacher = logits(3, 5, 1)
+
+    assert torch.autograd.gradgradcheck(
+        lambda s: softened_kl("test", s, teacher, temperature=0.7), logits(3, 5, 0).requires_grad_()
+    )
+
+
+def test_a_nan_of_either_model_stays_one() -> None:
+    broken = logits(2, 5, 0)
+    broken[0, 0] = math.nan
+
+    for pair in ((broken, logits(2, 5, 1)), (logits(2, 5, 1), broken)):
+        assert softened_kl("test", *pair, temperature=2.0).isnan().tolist() == [True, False]
 
 
 @every
@@ -287,8 +331,9 @@ def test_no_position_gives_nothing_that_is_still_connected(name: str) -> None:
     [((3, 1), (3, 11)), ((3, 11), (3, 1)), ((1, 11), (3, 11)), ((2, 1, 11), (2, 3, 11)), ((11,), (3, 11))],
 )
 def test_unequal_shapes_raise_instead_of_broadcasting(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-    with pytest.raises(MismatchError, match=r"somebody: student .* must have one shape\. For different vocabularies"):
-        log_probabilities("somebody", torch.zeros(student), torch.zeros(teacher))
+    for refused in (log_probabilities, partial(softened_kl, temperature=1.0)):
+        with pytest.raises(MismatchError, match=r"somebody: student .* must have one shape\. For different vocabular"):
+            refused("somebody", torch.zeros(student), torch.zeros(teacher))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])

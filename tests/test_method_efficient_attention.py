@@ -103,8 +103,9 @@ def test_positions_at_a_time_give_the_same_and_keep_the_logits_alone() -> None:
         saved: list[int] = []
         student = logits(10, 7, 0).requires_grad_()
 
-        def pack(tensor: Tensor, saved: list[int] = saved) -> Tensor:
-            saved.append(tensor.numel() * (tensor.untyped_storage().nbytes() > 0))
+        def pack(tensor: Tensor, saved: list[int] = saved, student: Tensor = student) -> Tensor:
+            given = {each.untyped_storage().data_ptr() for each in (student, teacher)}
+            saved.append(tensor.numel() * (tensor.untyped_storage().data_ptr() not in given))
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -116,7 +117,7 @@ def test_positions_at_a_time_give_the_same_and_keep_the_logits_alone() -> None:
     torch.testing.assert_close(values[0], softened_kl("x", logits(10, 7, 0), teacher, temperature=3.0))
     torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
     torch.testing.assert_close(gradients[1], gradients[0])
-    assert kept[1] <= 2 * 70 < kept[0]
+    assert kept[0] >= 70 > kept[1]
     with pytest.raises(MismatchError):
         soft_targets_apart(logits(4, 7, 0), teacher, temperature=1.0, positions=2)
 
