@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hf_compress_evaluation import encoders, intervals
 from hf_compress_evaluation.encoders import _grid as grid
+from hf_compress_evaluation.encoders import _models
 
 from hf_compress import entries
 from hf_compress.errors import ConfigurationError, UnknownNameError
@@ -96,6 +97,28 @@ def test_the_page_holds_what_was_measured(tmp_path: Path) -> None:
 def test_every_method_of_a_table_can_be_read() -> None:
     for methods in encoders.TABLES.values():
         assert [entry.name for entry in entries.read(",".join(methods))] == list(methods)
+
+
+class Letters:
+    """A token for each letter, and one at both ends."""
+
+    def num_special_tokens_to_add(self) -> int:
+        return 2
+
+    def __call__(self, words: list[str], **settings: Any) -> dict[str, list[int]]:
+        assert settings == {"is_split_into_words": True, "add_special_tokens": False}
+        return {"input_ids": list(map(ord, "".join(words)))}
+
+
+def test_sentences_are_joined_to_pages_and_none_is_cut() -> None:
+    sizes = (3, 5, 1, 20, 2)
+    rows = [{"tokens": ["a" * size, "b"], "tags": ["O", "B-PER"]} for size in sizes]
+    pages = _models.joined(rows, Letters(), 12)  # ten tokens of words: 4 + 6, 2, 21, 3
+    assert [page["tokens"] for page in pages] == [
+        ["aaa", "b", "aaaaa", "b"], ["a", "b"], ["a" * 20, "b"], ["aa", "b"],
+    ]  # fmt: skip
+    assert [page["tags"] for page in pages] == [["O", "B-PER"] * (len(page["tokens"]) // 2) for page in pages]
+    assert rows[0]["tokens"] == ["aaa", "b"]
 
 
 def test_what_is_missing_is_said_before_anything_is_trained(tmp_path: Path) -> None:

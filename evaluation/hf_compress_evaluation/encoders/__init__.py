@@ -6,6 +6,7 @@
 | two-layers | the same | 2 layers | some of them |
 | sarcasm | headlines, two classes | 3 layers | the same |
 | entities | people, organisations, places in contracts | 3 layers | the same |
+| pages | the same, sentences joined to 512 tokens | 3 layers, a Longformer | kd, efficient_attention |
 | embeddings | texts without labels | 3 layers | what teaches hidden states |
 
 Each table is a sweep (`hf-compress sweep`) or the same protocol by hand: three learning rates with the first seed, the
@@ -58,6 +59,7 @@ TABLES = {
     "two-layers": BEST,
     "sarcasm": BEST,
     "entities": ("kd", "taid", "pld", "kd+features"),  # mi_alpha compares whole rows
+    "pages": ("kd", "efficient_attention"),
     "embeddings": ("features", "minilm", "features+minilm"),
 }
 """What each table compares by default."""
@@ -98,8 +100,9 @@ def make(
     methods = methods or TABLES[name]
     if name in LAYERS:
         return _classify(name, output, methods, headlines, tell, progress)
-    how = _models.entities if name == "entities" else _models.embeddings
-    return how(output / name, methods, RATES, range(SEEDS), tell, progress)
+    if name == "embeddings":
+        return _models.embeddings(output / name, methods, RATES, range(SEEDS), tell, progress)
+    return _models.entities(output / name, methods, RATES, range(SEEDS), tell, progress, pages=name == "pages")
 
 
 def _classify(

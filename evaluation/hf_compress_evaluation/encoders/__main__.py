@@ -14,7 +14,7 @@ from . import RESULTS, keep, make
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="sentiment, two-layers, sarcasm, entities, embeddings; sizes.")],
+    name: Annotated[str, typer.Argument(help="sentiment, two-layers, sarcasm, entities, pages, embeddings; sizes.")],
     methods: Annotated[str | None, typer.Option(help="A list with commas, as hf-compress sweep takes it.")] = None,
     headlines: Annotated[Path | None, typer.Option(help="Rows of sarcasm: csv with text and label.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("encoders"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import datasets
+from hf_compress_plugins.encoders.efficient_attention import long_context_student
 from transformers import (
     AutoModel,
     AutoModelForTokenClassification,
@@ -34,7 +35,11 @@ from ._grid import Columns, Kind, Scored, run, summarise
 
 LAYERS = 3
 ENTITY_EPOCHS, EMBEDDING_EPOCHS = 4.0, 1.0
+PAGE, WINDOW, PAGE_EPOCHS, PAGE_BATCH = 512, 64, 6.0, 2
+"""Of pages of sentences: most tokens, tokens that a student's token sees; there are few pages, so that batches are
+small."""
 TEACHER_RATE, TEACHER_EPOCHS = 2e-4, 8.0
+LONG: Mapping[str, Any] = {"attention": "longformer", "window": WINDOW, "length": PAGE, "layers": LAYERS}
 TEXTS = 6000
 """Sentences and words without labels that embeddings are taught on."""
 SIMILARITY: Final = "sentence-similarity"
@@ -43,15 +48,29 @@ Tell = Callable[[str], None]
 
 
 def entities(
-    output: Path, methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int], tell: Tell, progress: bool
+    output: Path,
+    methods: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    tell: Tell,
+    progress: bool,
+    *,
+    pages: bool = False,
 ) -> dict[str, Any]:
-    """Entity F1 on contracts; the teacher is trained once."""
-    rows = {part: _written(output / f"{part}.jsonl", each) for part, each in _data.contracts().items()}
+    """Entity F1 on contracts; the teacher is trained once.
+
+    With `pages` both read sentences joined to pages: the teacher with full attention, the student as a Longformer.
+    """
     tokenizer = AutoTokenizer.from_pretrained(packaged())
+    length, epochs, batch = (PAGE, PAGE_EPOCHS, PAGE_BATCH) if pages else (gallery.LENGTH, ENTITY_EPOCHS, 16)
+    parts = _data.contracts()
+    if pages:
+        parts = {part: joined(each, tokenizer, PAGE) for part, each in parts.items()}
+    rows = {part: _written(output / f"{part}.jsonl", each) for part, each in parts.items()}
     label2id = {tag: index for index, tag in enumerate(_data.TAGS)}
-    train = gallery.tagged(rows["train"], tokenizer, label2id)
+    train = gallery.tagged(rows["train"], tokenizer, label2id, length)
     collate = DataCollatorForTokenClassification(tokenizer)
-    task = Task(task="token-classification", data=str(output / "test.jsonl"), max_length=gallery.LENGTH)
+    task = Task(task="token-classification", data=str(output / "test.jsonl"), max_length=length)
     choice = task.model_copy(update={"data": str(output / "choice.jsonl")})
     teacher = output / "teacher"
     if not teacher.exists():
@@ -60,7 +79,7 @@ def entities(
         whole = AutoModelForTokenClassification.from_pretrained(
             packaged(), id2label=dict(enumerate(_data.TAGS)), label2id=label2id
         )
-        gallery.fit(whole, tokenizer, train, collate, teacher, TEACHER_RATE, TEACHER_EPOCHS, 16, [], progress)
+        gallery.fit(whole, tokenizer, train, collate, teacher, TEACHER_RATE, TEACHER_EPOCHS, batch, [], progress)
 
     def scored(folder: Path) -> Scored:
         return Scored(
@@ -71,14 +90,28 @@ def entities(
     def made(method: str, rate: float, seed: int, target: Path) -> Scored:
         big = AutoModelForTokenClassification.from_pretrained(teacher)
         callbacks = [] if method == ALONE else [_distilling(method, task.task, big, output)]
-        small = shrink(AutoModelForTokenClassification.from_pretrained(teacher), layers=LAYERS)
-        gallery.fit(
-            small, tokenizer, train, collate, target, rate, ENTITY_EPOCHS, 16, callbacks, progress, seed=seed
-        )  # fmt: skip
+        cut = AutoModelForTokenClassification.from_pretrained(teacher)
+        small = long_context_student(cut, config=LONG) if pages else shrink(cut, layers=LAYERS)
+        gallery.fit(small, tokenizer, train, collate, target, rate, epochs, batch, callbacks, progress, seed=seed)
         return scored(target)
 
     found = run([ALONE, *methods], output, rates=rates, seeds=seeds, made=made, tell=tell)
-    return summarise(found, {"teacher": scored(teacher)}, about=_about("entities", rows, ENTITY_EPOCHS))
+    return summarise(found, {"teacher": scored(teacher)}, about=_about("pages" if pages else "entities", rows, epochs))
+
+
+def joined(rows: Sequence[Mapping[str, Any]], tokenizer: Any, length: int) -> list[dict[str, Any]]:
+    """Pages of tagged sentences one after another, as many as fit into that many tokens; longer ones stand alone."""
+    found: list[dict[str, Any]] = []
+    room = 0
+    for row in rows:
+        size = len(tokenizer(row["tokens"], is_split_into_words=True, add_special_tokens=False)["input_ids"])
+        if size > room:
+            found.append({"tokens": [], "tags": []})
+            room = length - tokenizer.num_special_tokens_to_add()
+        for name in ("tokens", "tags"):
+            found[-1][name] += row[name]
+        room -= size
+    return found
 
 
 def embeddings(

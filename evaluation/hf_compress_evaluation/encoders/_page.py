@@ -16,6 +16,7 @@ TITLES = {
     "two-layers": "Sentiment, 2 of 6 layers",
     "sarcasm": "Sarcasm in headlines, 3 of 6 layers",
     "entities": "Entities in contracts, 3 of 6 layers",
+    "pages": "Entities in pages of 512 tokens, 3 of 6 layers as a Longformer of window 64",
     "embeddings": "Embeddings, 3 of 6 layers",
 }
 NAMES = {"seqeval_f1": "entity F1 (%)", "teacher_cosine": "cosine to the teacher (%)"}

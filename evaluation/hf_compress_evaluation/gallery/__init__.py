@@ -142,11 +142,13 @@ def _entities(output: Path, tell: Tell, progress: bool) -> Path:
     return _finish(student, task, gate, tell, progress, teacher=teacher, alone=alone)
 
 
-def tagged(rows: datasets.Dataset, tokenizer: Any, label2id: Mapping[str, int]) -> datasets.Dataset:
+def tagged(
+    rows: datasets.Dataset, tokenizer: Any, label2id: Mapping[str, int], length: int = LENGTH
+) -> datasets.Dataset:
     """Columns tokens and tags as ids, and the tag at the first token of each word; the others are passed over."""
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
-        encoded = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=LENGTH)
+        encoded = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=length)
         encoded["labels"] = []
         for row, tags in enumerate(batch["tags"]):
             words = encoded.word_ids(row)
