@@ -25,12 +25,12 @@ from hf_compress import DistillCallback, shrink
 from . import Claim, _training
 from . import _characters as characters
 
-WORDS, HELD_OUT, TASKS, TESTED, QUERIES = 256, 24, 2000, 48, 2
+WORDS, HELD_OUT, TASKS, TESTED, QUERIES = 1000, 24, 6000, 48, 2
 """Words of tasks; modules that MEND is not trained on; tasks of its training and of the test; queries of one of the
 test."""
 SHOWN, VECTORS, ANSWERS = 4, 4, 4
 """Demonstrations, what stands for them, and how many words the answer is chosen from."""
-LLM_STEPS, LLM_TASKS, STEPS, BATCH, RATE = 2000, 13_000, 1000, 32, 1e-3
+LLM_STEPS, LLM_TASKS, STEPS, BATCH, RATE = 2000, 13_000, 500, 32, 1e-3
 STAGES: Mapping[str, tuple[int, int]] = {
     "random vectors": (0, 0),
     "stage 1 alone": (STEPS, 0),
