@@ -214,7 +214,7 @@ def beside(rows: Mapping[str, Mapping[str, Any]]) -> str:
         if not row.get("beside"):
             continue
         about.add(f"{row['date']}, {row['machine']}")
-        other = f"{row['beside']} {row['versions'].get(row['beside'], '')}".strip()
+        other = f"{row['beside']} {row['versions'][row['beside']]}"
         for key, bar in row["bars"].items():
             figure = f"{row['ratios'][key]:.3g}"
             lines.append(f"| {other} | {key} | {figure} | ≤ {bar['at_most']:g} | {bar['aim']:g} | `{row['command']}` |")
