@@ -7,7 +7,8 @@ import mmap
 import operator
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from bench_parts import read, write
 from hf_compress_evaluation import bench
 from hf_compress_evaluation.bench import _language as language
-from hf_compress_evaluation.bench import _peers, _steps, chunked, limit, onnx, scale
+from hf_compress_evaluation.bench import _machine, _peers, _steps, chunked, limit, onnx, scale
 from hf_compress_evaluation.bench._machine import Machine
 from tiny import tiny_bert_classifier
 from torch.utils.flop_counter import FlopCounterMode
@@ -178,17 +179,38 @@ def test_an_unknown_bench_names_the_nearest() -> None:
 def test_time_and_memory_of_steps_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("VOCABULARY", 300), ("LENGTH", 9), ("STEPS", 5)):
         monkeypatch.setattr(chunked, name, value)
+    inside: list[bool] = []
+
+    @contextmanager
+    def highest(self: Machine) -> Iterator[list[int]]:
+        inside.append(True)  # what a warm process takes anew of its own memory may be nothing
+        yield [5 << 20]
+
+    monkeypatch.setattr(Machine, "highest", highest)
     found = chunked.run("chunked", Machine())
+    assert inside == [True]
     assert 0 < found["seconds"] < 60
-    assert found["megabytes"] > 0
+    assert found["megabytes"] == 5
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the most memory of a process")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells the most memory of a process")
 def test_memory_that_was_given_back_at_once_is_seen() -> None:
     for size in (64 << 20, 16 << 20):  # the second begins anew
         with Machine().highest() as memory, mmap.mmap(-1, size) as kept:  # malloc would hand out the first's again
             kept[::4096] = b"x" * (size // 4096)
         assert memory[0] == pytest.approx(size, abs=4 << 20)
+
+
+@pytest.mark.parametrize(("marks", "found"), [((7, 9), 2 << 10), ((9, 7), 0)])
+def test_memory_is_what_comes_on_top_and_never_below_nothing(
+    marks: tuple[int, int], found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(marks)
+    monkeypatch.setattr(_machine, "resident", lambda: next(told) << 10)
+    monkeypatch.setattr(_machine.Path, "write_text", lambda *args, **settings: 1)
+    with Machine().highest() as memory:
+        pass
+    assert memory == [found]
 
 
 def test_a_graph_s_products_are_those_that_are_counted_elsewhere() -> None:

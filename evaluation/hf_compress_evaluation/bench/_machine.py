@@ -98,4 +98,4 @@ def _resident() -> Iterator[list[int]]:
         return
     before = resident() or 0
     yield found
-    found[0] = (resident() or 0) - before
+    found[0] = max((resident() or 0) - before, 0)  # the mark begins anew some pages off
