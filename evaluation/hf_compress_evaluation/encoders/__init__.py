@@ -102,7 +102,7 @@ def make(
         return _classify(name, output, methods, headlines, tell, progress)
     if name == "embeddings":
         return _models.embeddings(output / name, methods, RATES, range(SEEDS), tell, progress)
-    return _models.entities(output / name, methods, RATES, range(SEEDS), tell, progress, pages=name == "pages")
+    return _models.entities(name, output / name, methods, RATES, range(SEEDS), tell, progress)
 
 
 def _classify(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,69 +35,15 @@ from hf_compress_evaluation.task import Task
 from ._grid import Columns, Kind, Scored, run, summarise
 
 LAYERS = 3
-ENTITY_EPOCHS, EMBEDDING_EPOCHS = 4.0, 1.0
-PAGE, WINDOW, PAGE_EPOCHS, PAGE_BATCH = 512, 64, 6.0, 2
-"""Of pages of sentences: most tokens, tokens that a student's token sees; there are few pages, so that batches are
-small."""
+EMBEDDING_EPOCHS = 1.0
 TEACHER_RATE, TEACHER_EPOCHS = 2e-4, 8.0
-LONG: Mapping[str, Any] = {"attention": "longformer", "window": WINDOW, "length": PAGE, "layers": LAYERS}
+PAGE, WINDOW = 512, 64
+"""Tokens of a page at most, and tokens that a token of its student sees."""
 TEXTS = 6000
 """Sentences and words without labels that embeddings are taught on."""
 SIMILARITY: Final = "sentence-similarity"
 START = "start, not trained"
 Tell = Callable[[str], None]
-
-
-def entities(
-    output: Path,
-    methods: Sequence[str],
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    tell: Tell,
-    progress: bool,
-    *,
-    pages: bool = False,
-) -> dict[str, Any]:
-    """Entity F1 on contracts; the teacher is trained once.
-
-    With `pages` both read sentences joined to pages: the teacher with full attention, the student as a Longformer.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(packaged())
-    length, epochs, batch = (PAGE, PAGE_EPOCHS, PAGE_BATCH) if pages else (gallery.LENGTH, ENTITY_EPOCHS, 16)
-    parts = _data.contracts()
-    if pages:
-        parts = {part: joined(each, tokenizer, PAGE) for part, each in parts.items()}
-    rows = {part: _written(output / f"{part}.jsonl", each) for part, each in parts.items()}
-    label2id = {tag: index for index, tag in enumerate(_data.TAGS)}
-    train = gallery.tagged(rows["train"], tokenizer, label2id, length)
-    collate = DataCollatorForTokenClassification(tokenizer)
-    task = Task(task="token-classification", data=str(output / "test.jsonl"), max_length=length)
-    choice = task.model_copy(update={"data": str(output / "choice.jsonl")})
-    teacher = output / "teacher"
-    if not teacher.exists():
-        tell("teacher")
-        set_seed(0)  # the head is new
-        whole = AutoModelForTokenClassification.from_pretrained(
-            packaged(), id2label=dict(enumerate(_data.TAGS)), label2id=label2id
-        )
-        gallery.fit(whole, tokenizer, train, collate, teacher, TEACHER_RATE, TEACHER_EPOCHS, batch, [], progress)
-
-    def scored(folder: Path) -> Scored:
-        return Scored(
-            choice=_value(folder, choice, "seqeval_f1"),
-            figures={"seqeval_f1": _columns(folder, task, "seqeval_f1", "share")},
-        )
-
-    def made(method: str, rate: float, seed: int, target: Path) -> Scored:
-        big = AutoModelForTokenClassification.from_pretrained(teacher)
-        callbacks = [] if method == ALONE else [_distilling(method, task.task, big, output)]
-        cut = AutoModelForTokenClassification.from_pretrained(teacher)
-        small = long_context_student(cut, config=LONG) if pages else shrink(cut, layers=LAYERS)
-        gallery.fit(small, tokenizer, train, collate, target, rate, epochs, batch, callbacks, progress, seed=seed)
-        return scored(target)
-
-    found = run([ALONE, *methods], output, rates=rates, seeds=seeds, made=made, tell=tell)
-    return summarise(found, {"teacher": scored(teacher)}, about=_about("pages" if pages else "entities", rows, epochs))
 
 
 def joined(rows: Sequence[Mapping[str, Any]], tokenizer: Any, length: int) -> list[dict[str, Any]]:
@@ -112,6 +59,84 @@ def joined(rows: Sequence[Mapping[str, Any]], tokenizer: Any, length: int) -> li
             found[-1][name] += row[name]
         room -= size
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tagging:
+    """What a table of entities reads and trains."""
+
+    student: Callable[[Any], Any]
+    """Of the teacher."""
+    length: int
+    """Tokens of a row at most."""
+    batch: int
+    epochs: float
+    rows: Callable[[Sequence[Mapping[str, Any]], Any, int], Sequence[Mapping[str, Any]]]
+    """Of sentences, with the tokenizer and the length."""
+
+
+TAGGING = {
+    "entities": Tagging(
+        student=partial(shrink, layers=LAYERS), length=gallery.LENGTH, batch=16, epochs=4.0, rows=lambda rows, *_: rows
+    ),
+    "pages": Tagging(
+        student=partial(
+            long_context_student,
+            config={"attention": "longformer", "window": WINDOW, "length": PAGE, "layers": LAYERS},
+        ),
+        length=PAGE,
+        batch=2,  # there are few pages
+        epochs=6.0,
+        rows=joined,
+    ),
+}
+
+
+def entities(
+    name: str,
+    output: Path,
+    methods: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    tell: Tell,
+    progress: bool,
+) -> dict[str, Any]:
+    """Entity F1 on contracts, by a table of `TAGGING`; the teacher is trained once, on the same rows."""
+    how = TAGGING[name]
+    tokenizer = AutoTokenizer.from_pretrained(packaged())
+    parts = {part: how.rows(each, tokenizer, how.length) for part, each in _data.contracts().items()}
+    rows = {part: _written(output / f"{part}.jsonl", each) for part, each in parts.items()}
+    label2id = {tag: index for index, tag in enumerate(_data.TAGS)}
+    train = gallery.tagged(rows["train"], tokenizer, label2id, how.length)
+    collate = DataCollatorForTokenClassification(tokenizer)
+    task = Task(task="token-classification", data=str(output / "test.jsonl"), max_length=how.length)
+    choice = task.model_copy(update={"data": str(output / "choice.jsonl")})
+    teacher = output / "teacher"
+    if not teacher.exists():
+        tell("teacher")
+        set_seed(0)  # the head is new
+        whole = AutoModelForTokenClassification.from_pretrained(
+            packaged(), id2label=dict(enumerate(_data.TAGS)), label2id=label2id
+        )
+        gallery.fit(whole, tokenizer, train, collate, teacher, TEACHER_RATE, TEACHER_EPOCHS, how.batch, [], progress)
+
+    def scored(folder: Path) -> Scored:
+        return Scored(
+            choice=_value(folder, choice, "seqeval_f1"),
+            figures={"seqeval_f1": _columns(folder, task, "seqeval_f1", "share")},
+        )
+
+    def made(method: str, rate: float, seed: int, target: Path) -> Scored:
+        big = AutoModelForTokenClassification.from_pretrained(teacher)
+        callbacks = [] if method == ALONE else [_distilling(method, task.task, big, output)]
+        small = how.student(AutoModelForTokenClassification.from_pretrained(teacher))
+        gallery.fit(
+            small, tokenizer, train, collate, target, rate, how.epochs, how.batch, callbacks, progress, seed=seed
+        )  # fmt: skip
+        return scored(target)
+
+    found = run([ALONE, *methods], output, rates=rates, seeds=seeds, made=made, tell=tell)
+    return summarise(found, {"teacher": scored(teacher)}, about=_about(name, rows, how.epochs))
 
 
 def embeddings(
